@@ -1,0 +1,1 @@
+"""Offline stage: checkpoint -> module -> graphs -> bundle. Needs torch; serving never imports it."""

@@ -1,0 +1,105 @@
+"""The three attentions of the graphs: ONNX Runtime's operators while tracing, plain PyTorch otherwise.
+
+Both branches of a function mean the same; ``verify.py`` measures how far they are apart. The operators were chosen by
+measurement: each row's cost follows its own length, and its result does not depend on its neighbours in any bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True)
+class StepLengths:
+    """How far the rows of a step are."""
+
+    positions: Tensor  # [R] int32, keys in the row's cache before this step
+    longest: Tensor  # int32 scalar, keys of the longest row after this step
+    source: Tensor  # [B] int32
+
+
+def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
+    """Bidirectional attention within each source: [B, S, d_model] each, lengths [B] int32 -> [B, S, d_model]."""
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::MultiHeadAttention",
+            (query, key, value, None, lengths),
+            {"num_heads": num_heads},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=1,
+        )
+    return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths)
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor, source_lengths: Tensor, num_heads: int) -> Tensor:
+    """Query [B, W, d_model]; key, value [B, h, S, head_dim]; source_lengths [B] int32 -> [B, W, d_model].
+
+    Lengths are 1-D on purpose: a 2-D mask falls to a slow kernel on CUDA.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::MultiHeadAttention",
+            (query, key, value, None, source_lengths),
+            {"num_heads": num_heads},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=1,
+        )
+    return _attend(_split(query, num_heads), key, value, source_lengths)
+
+
+def append_and_attend(
+    qkv: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append each row's new key and value at the row's own position, in place, and attend to the row's keys so far.
+
+    Args:
+        qkv: [B, W, 3 * d_model]: query, key and value side by side.
+        step: positions and the longest row.
+        key_cache: [R, h, C, head_dim].
+        value_cache: the same.
+        num_heads: h.
+
+    Returns:
+        Attended [B, W, d_model], and both caches.
+    """
+    sources, width, packed = qkv.shape
+    d_model = packed // 3
+    rows = qkv.reshape(-1, 1, packed)
+    if torch.onnx.is_in_onnx_export():
+        attended, key_cache, value_cache = torch.onnx.ops.symbolic_multi_out(
+            f"{_DOMAIN}::GroupQueryAttention",
+            (rows, None, None, key_cache, value_cache, step.positions, step.longest),
+            {"num_heads": num_heads, "kv_num_heads": num_heads},
+            dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
+            shapes=((rows.shape[0], 1, d_model), key_cache.shape, value_cache.shape),
+            version=1,
+        )
+    else:
+        query, key, value = (_split(part, num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
+        row = torch.arange(rows.shape[0])
+        key_cache[row, :, step.positions] = key[:, :, 0]
+        value_cache[row, :, step.positions] = value[:, :, 0]
+        attended = _attend(query, key_cache, value_cache, step.positions + 1)
+    return attended.reshape(sources, width, d_model), key_cache, value_cache
+
+
+def _split(x: Tensor, num_heads: int) -> Tensor:
+    """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """Scaled dot-product attention over the first ``lengths`` keys -> [batch, length, d_model]."""
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+    hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+    weights = F.softmax(scores.masked_fill(hidden[:, None, None, :], float("-inf")), dim=3)
+    return (weights @ value).transpose(1, 2).flatten(2)

@@ -1,0 +1,112 @@
+"""What every checkpoint reader makes, and how it becomes a module.
+
+Knows the names and shapes that ``Transformer`` needs and how to tell all that is wrong with a set of tensors at once; does not
+know any file format.
+
+**Names.** Tensors are called as in ``Transformer(config).state_dict()``. A matrix that several places share has one name, the
+first of: ``decoder.embedding.tokens.weight``, ``encoder.embedding.tokens.weight``, ``output.weight``. Tables that are computed
+(sinusoidal positions) are no tensors of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from export.model import ModelConfig, Transformer
+from serving.bundle import LanguagePair, TokenizerSpec
+from serving.errors import CheckpointError
+
+_TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
+_SOURCE_EMBEDDING = "encoder.embedding.tokens.weight"
+_OUTPUT = "output.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A trained model, whatever format it came in."""
+
+    # How it is called; never a path.
+    name: str
+    config: ModelConfig
+    # float32, by the names above.
+    tensors: dict[str, Tensor]
+    languages: list[LanguagePair]
+    tokenizer: TokenizerSpec
+    # By the names that ``tokenizer`` uses.
+    tokenizer_files: dict[str, Path]
+    # Of the weights as they are stored.
+    weights_sha256: str
+    # Real source sentences to measure the certificate on; may be empty.
+    sample_lines: list[str]
+
+
+class CheckpointReader(Protocol):
+    """A format that checkpoints come in."""
+
+    @property
+    def description(self) -> str:
+        """What such a directory holds, for the one whose directory was not recognized."""
+
+    def recognizes(self, directory: Path) -> bool:
+        """Whether the directory claims to be of this format; cheap, and raises nothing."""
+
+    def read(self, directory: Path) -> Checkpoint:
+        """Read it; raises CheckpointError with every fault."""
+
+
+def shared_names(config: ModelConfig) -> dict[str, str]:
+    """Names of shared matrices that are not their own: such a name -> the name that the matrix goes by."""
+    shared = {}
+    if config.share_embeddings:
+        shared[_SOURCE_EMBEDDING] = _TARGET_EMBEDDING
+    if config.tie_output:
+        shared[_OUTPUT] = _TARGET_EMBEDDING
+    return shared
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this architecture."""
+    with torch.device("meta"):  # shapes without memory
+        state = Transformer(config).state_dict()
+    shared = shared_names(config)
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in shared}
+
+
+def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, extra, misshapen, of no floating type or not finite; empty when all is well."""
+    expected = expected_shapes(config)
+    shared = shared_names(config)
+    faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        found = list(tensor.shape)
+        if name in shared:
+            faults.append(f"{name}: extra {found}; it is shared, and stored as {shared[name]} only")
+        elif name not in expected:
+            faults.append(f"{name}: extra {found}")
+        elif tuple(found) != expected[name]:
+            faults.append(f"{name}: shape {found}, expected {list(expected[name])}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{name}: {tensor.dtype} is no floating type")
+        elif bad := int((~torch.isfinite(tensor)).sum()):
+            faults.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
+    return faults
+
+
+def build_model(checkpoint: Checkpoint) -> Transformer:
+    """The module with the checkpoint's weights: float32, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing, extra, misshapen or not finite.
+    """
+    if faults := tensor_faults(checkpoint.config, checkpoint.tensors):
+        raise CheckpointError(checkpoint.name, faults)
+    shared = shared_names(checkpoint.config)
+    model = Transformer(checkpoint.config)
+    model.load_state_dict({**checkpoint.tensors, **{name: checkpoint.tensors[own] for name, own in shared.items()}})
+    return model.eval()

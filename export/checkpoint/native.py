@@ -1,0 +1,204 @@
+"""onnxlate's own checkpoint format: what the training example writes and the export reads.
+
+A directory with ``config.json`` (format, revision, name, languages, tokenizer, model), ``model.safetensors`` (tensors by the
+names of ``base.py``, stored as float16 or float32), the tokenizer's files and, if there is one, ``samples.txt`` (real source
+sentences, one a line). Knows these files; does not know other formats or what becomes of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from export.checkpoint.base import Checkpoint, shared_names, tensor_faults
+from export.model import ModelConfig
+from serving.bundle import LanguagePair, TokenizerSpec, field_faults, name_fault, revision_fault
+from serving.errors import CheckpointError
+from serving.tokenizer import SentencePieceTokenizer, vocabulary_faults
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+SAMPLES_NAME = "samples.txt"
+FORMAT_REVISION = 1
+
+_SUPPORTED_REVISIONS = (1,)
+_FORMAT: Literal["onnxlate-checkpoint"] = "onnxlate-checkpoint"
+_STORED_TYPES = (torch.float16, torch.float32)
+
+
+class _NativeConfig(BaseModel):
+    """What ``config.json`` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["onnxlate-checkpoint"]
+    format_revision: int
+    name: str = Field(min_length=1)
+    languages: list[LanguagePair]
+    tokenizer: TokenizerSpec
+    model: ModelConfig
+
+
+class NativeReader:
+    """Reads this format; see ``CheckpointReader``."""
+
+    description = f'native ({CONFIG_NAME} with "format": "{_FORMAT}", {WEIGHTS_NAME}, tokenizer files)'
+
+    def recognizes(self, directory: Path) -> bool:
+        """Whether ``config.json`` mentions the format; a broken one is still this format, and ``read`` tells what is wrong."""
+        try:
+            return f'"{_FORMAT}"'.encode() in (directory / CONFIG_NAME).read_bytes()
+        except OSError:
+            return False
+
+    def read(self, directory: Path) -> Checkpoint:
+        """Read and check the whole checkpoint.
+
+        Raises:
+            CheckpointError: with every fault. Other files are looked at only when ``config.json`` can be read.
+        """
+        config = _read_config(directory)
+        faults: list[str] = []
+        tokenizer_files = _tokenizer_files(directory, config, faults)
+        tensors, weights_sha256 = _read_tensors(directory, config.model, faults)
+        sample_lines = _read_samples(directory, faults)
+        if faults:
+            raise CheckpointError(directory, faults)
+        return Checkpoint(
+            name=config.name,
+            config=config.model,
+            tensors=tensors,
+            languages=config.languages,
+            tokenizer=config.tokenizer,
+            tokenizer_files=tokenizer_files,
+            weights_sha256=weights_sha256,
+            sample_lines=sample_lines,
+        )
+
+
+def write_native_checkpoint(
+    directory: Path,
+    *,
+    name: str,
+    config: ModelConfig,
+    state_dict: Mapping[str, Tensor],
+    languages: Sequence[LanguagePair],
+    tokenizer: TokenizerSpec,
+    tokenizer_files: Mapping[str, Path],
+    samples: Sequence[str] = (),
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a checkpoint into ``directory``, beside what else is there; ``config.json`` comes last.
+
+    Args:
+        directory: made when it is missing.
+        name: how the model is called.
+        config: its architecture.
+        state_dict: of ``Transformer(config)``; shared matrices may have all their names.
+        languages: what it translates from and into.
+        tokenizer: which of the tokenizer's files is for which side.
+        tokenizer_files: where they are now, by the names that ``tokenizer`` uses.
+        samples: real source sentences, for the certificate.
+        dtype: how weights are stored: float16 or float32.
+
+    Raises:
+        CheckpointError: the checkpoint could not be read again; every fault is named, and nothing was written.
+        OSError: a file cannot be read or written.
+    """
+    faults = []
+    if dtype not in _STORED_TYPES:
+        faults.append(f"{WEIGHTS_NAME}: weights are stored as float16 or float32, not as {dtype}")
+    tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in state_dict.items()}
+    for key, own in shared_names(config).items():
+        alias = tensors.pop(key, None)
+        if alias is not None and own in tensors and not torch.equal(alias, tensors[own]):
+            faults.append(f"{key}: is shared with {own}, and differs from it")
+    faults += tensor_faults(config, tensors)
+    faults += [f"{key}: not among tokenizer_files" for key in tokenizer.file_names if key not in tokenizer_files]
+    faults += [f"{SAMPLES_NAME}: a sample has more than one line: {line[:40]!r}" for line in samples if "\n" in line]
+    if faults:
+        raise CheckpointError(directory, faults)
+
+    tokenizer_contents = {file_name: tokenizer_files[file_name].read_bytes() for file_name in tokenizer.file_names}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS_NAME)
+    for file_name, contents in tokenizer_contents.items():
+        (directory / file_name).write_bytes(contents)
+    if samples:
+        (directory / SAMPLES_NAME).write_text("".join(f"{line}\n" for line in samples), encoding="utf-8")
+    document = _NativeConfig(
+        format=_FORMAT,
+        format_revision=FORMAT_REVISION,
+        name=name,
+        languages=list(languages),
+        tokenizer=tokenizer,
+        model=config,
+    )
+    (directory / CONFIG_NAME).write_text(document.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(directory: Path) -> _NativeConfig:
+    try:
+        raw: Any = from_json((directory / CONFIG_NAME).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(directory, [f"{CONFIG_NAME}: is not JSON: {error}"]) from error
+    if fault := revision_fault(raw, _SUPPORTED_REVISIONS, "read it with a version of onnxlate that knows it"):
+        raise CheckpointError(directory, [f"{CONFIG_NAME}: {fault}"])
+    try:
+        return _NativeConfig.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(directory, [f"{CONFIG_NAME}: {fault}" for fault in field_faults(error.errors())]) from error
+
+
+def _tokenizer_files(directory: Path, config: _NativeConfig, faults: list[str]) -> dict[str, Path]:
+    """The tokenizer's files by name; what is wrong with them goes to ``faults``."""
+    spec = config.tokenizer
+    files = {name: directory / name for name in spec.file_names}
+    found = [fault for name in files if (fault := name_fault(name))]
+    if not found:
+        found = [f"{name}: is missing" for name, path in files.items() if not path.is_file()]
+    if not found:
+        try:
+            tokenizer = SentencePieceTokenizer.load(files[spec.source_model], files[spec.target_model])
+            found = vocabulary_faults(tokenizer, config.model.source_vocab_size, config.model.target_vocab_size)
+        except (OSError, ValueError) as error:
+            found = [str(error)]
+    faults += found
+    return files
+
+
+def _read_tensors(directory: Path, config: ModelConfig, faults: list[str]) -> tuple[dict[str, Tensor], str]:
+    """Tensors as float32 and the SHA-256 of their file; what is wrong with them goes to ``faults``."""
+    try:
+        stored = (directory / WEIGHTS_NAME).read_bytes()
+        tensors = load(stored)
+    except FileNotFoundError:
+        faults.append(f"{WEIGHTS_NAME}: is missing")
+        return {}, ""
+    except (OSError, SafetensorError) as error:
+        faults.append(f"{WEIGHTS_NAME}: cannot be read: {error}")
+        return {}, ""
+    faults += [f"{WEIGHTS_NAME}: {fault}" for fault in tensor_faults(config, tensors)]
+    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}, hashlib.sha256(stored).hexdigest()
+
+
+def _read_samples(directory: Path, faults: list[str]) -> list[str]:
+    """The lines of ``samples.txt`` that are not blank; none when there is no such file."""
+    try:
+        text = (directory / SAMPLES_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{SAMPLES_NAME}: cannot be read: {error}")
+        return []
+    # Not splitlines(): it would cut at characters that are part of a sentence.
+    return [line for line in text.split("\n") if line.strip()]

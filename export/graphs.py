@@ -1,0 +1,275 @@
+"""The two graphs that serving runs, as torch modules: ``EncoderGraph`` and ``DecoderStepGraph``.
+
+Knows: how a trained ``Transformer`` is laid out for incremental decoding. The encoder ends in the cross-attention keys and
+values of every decoder layer; one decoder step reads them, appends to the self-attention cache in place and ends in each
+row's best candidates. While being traced the attention is ONNX Runtime's operators (``attention.py``); eagerly the same
+modules are the PyTorch reference of cached decoding.
+Does not know: files, tokenizers, tolerances, how products are quantized (``quantize.py`` hands in the linear layers).
+
+Shapes: a lane has B sources with W hypotheses each; R = B * W rows. S: source capacity, C: target capacity, h: heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export import attention
+from export.model import DecoderLayer, Embedding, EncoderLayer, FeedForward, ModelConfig, MultiHeadAttention, Transformer, activate
+
+# (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
+LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
+
+# Added to the logits of tokens that must never be decoded.
+NEVER = -1e9
+# A row's candidates are looked for in blocks of at most so many tokens, if there are enough blocks.
+_LARGEST_BLOCK = 64
+_FEWEST_BLOCKS = 128
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A floating-point product."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def candidate_block(vocab_size: int) -> int:
+    """Tokens in a block of the two-stage top-k: a power of two, small enough that there are many blocks."""
+    block = _LARGEST_BLOCK
+    while block > 1 and vocab_size < block * _FEWEST_BLOCKS:
+        block //= 2
+    return block
+
+
+def max_candidates(vocab_size: int) -> int:
+    """Most candidates of a row that the decoder graph can be asked for: the number of blocks."""
+    return -(-vocab_size // candidate_block(vocab_size))
+
+
+class GraphEmbedding(nn.Module):
+    """Token embedding with its scale folded in, plus position."""
+
+    tokens: Tensor
+    positions: Tensor
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.register_buffer("tokens", embedding.tokens.weight.detach() * embedding.scale)
+        self.register_buffer("positions", embedding.position_table.detach().clone())
+        self.norm = embedding.norm
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
+        return self.norm(F.embedding(ids, self.tokens) + F.embedding(positions, self.positions))  # type: ignore[no-any-return]
+
+
+class GraphFeedForward(nn.Module):
+    """The feed-forward network over the chosen linear layers."""
+
+    def __init__(self, feed_forward: FeedForward, linear: LinearFactory) -> None:
+        super().__init__()
+        self.inner = linear(feed_forward.inner.weight, feed_forward.inner.bias)
+        self.outer = linear(feed_forward.outer.weight, feed_forward.outer.bias)
+        self.activation = feed_forward.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model]."""
+        return self.outer(activate(self.inner(x), self.activation))  # type: ignore[no-any-return]
+
+
+def _fused(linear: LinearFactory, *parts: nn.Linear) -> nn.Module:
+    """Products of one input as one product: their outputs side by side."""
+    bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+    return linear(torch.cat([part.weight for part in parts]), bias)
+
+
+def _linear(linear: LinearFactory, part: nn.Linear) -> nn.Module:
+    return linear(part.weight, part.bias)
+
+
+class GraphEncoderLayer(nn.Module):
+    """Encoder layer with one product for query, key and value."""
+
+    def __init__(self, layer: EncoderLayer, config: ModelConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        source = layer.self_attention
+        self.num_heads = config.num_heads
+        self.qkv = _fused(linear, source.query, source.key, source.value)
+        self.output = _linear(linear, source.output)
+        self.attention_residual = layer.self_attention_residual
+        self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
+        self.feed_forward_residual = layer.feed_forward_residual
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """[B, S, d_model], lengths [B] -> [B, S, d_model]."""
+        query, key, value = self.qkv(self.attention_residual.enter(x)).chunk(3, dim=2)
+        attended = attention.self_attention(query, key, value, lengths, self.num_heads)
+        x = self.attention_residual.leave(x, self.output(attended))
+        return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
+
+
+class EncoderGraph(nn.Module):
+    """Source ids to every decoder layer's cross-attention keys and values."""
+
+    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear) -> None:
+        super().__init__()
+        config = model.config
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.embedding = GraphEmbedding(model.encoder.embedding)
+        self.layers = nn.ModuleList(GraphEncoderLayer(_encoder_layer(x), config, linear) for x in model.encoder.layers)
+        self.final_norm = model.encoder.final_norm
+        crosses = [_decoder_layer(layer).cross_attention for layer in model.decoder.layers]
+        # One product makes the keys and values of all layers: the memory is read, and quantized, once.
+        self.cross = _fused(linear, *(part for cross in crosses for part in (cross.key, cross.value)))
+        self.num_tensors = 2 * len(crosses)
+
+    def forward(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
+        """Encode a batch.
+
+        Args:
+            source_ids: [B, S] int64, padded to the right.
+            source_lengths: [B] int32.
+
+        Returns:
+            [2 * decoder layers, B, h, S, head_dim]: key and value of layer 0, of layer 1, and so on. What stands at
+            padded positions is finite and meaningless.
+        """
+        x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
+        for layer in self.layers:
+            x = layer(x, source_lengths)
+        cross = self.cross(self.final_norm(x))  # [B, S, tensors * d_model]
+        return cross.unflatten(2, (self.num_tensors, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).contiguous()  # type: ignore[no-any-return]
+
+
+class GraphDecoderLayer(nn.Module):
+    """Decoder layer for one step of every row."""
+
+    def __init__(self, layer: DecoderLayer, config: ModelConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        own: MultiHeadAttention = layer.self_attention
+        self.num_heads = config.num_heads
+        self.qkv = _fused(linear, own.query, own.key, own.value)
+        self.self_output = _linear(linear, own.output)
+        self.self_residual = layer.self_attention_residual
+        self.cross_query = _linear(linear, layer.cross_attention.query)
+        self.cross_output = _linear(linear, layer.cross_attention.output)
+        self.cross_residual = layer.cross_attention_residual
+        self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
+        self.feed_forward_residual = layer.feed_forward_residual
+
+    def forward(
+        self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """X [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim] -> x and the own cache, appended to."""
+        qkv = self.qkv(self.self_residual.enter(x))
+        attended, key, value = attention.append_and_attend(qkv, step, *own, self.num_heads)
+        x = self.self_residual.leave(x, self.self_output(attended))
+        query = self.cross_query(self.cross_residual.enter(x))
+        # A source's hypotheses are the query's sequence: its keys and values are read once for all of them.
+        x = self.cross_residual.leave(x, self.cross_output(attention.cross_attention(query, *cross, step.source, self.num_heads)))
+        x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
+        return x, key, value
+
+
+class Candidates(nn.Module):
+    """Exact top-k of log-softmax in two stages: the best blocks by their maxima, then the best tokens of those blocks.
+
+    The k best tokens lie within the k blocks of largest maximum, so nothing is lost; one pass over the vocabulary for the
+    maxima and k * block tokens to sort replace a sort over the vocabulary.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.block = candidate_block(vocab_size)
+        self.num_blocks = max_candidates(vocab_size)
+
+    def forward(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, W, num_blocks * block] -> token ids and log-probabilities [B, W, k], best first."""
+        # As one operator, row by row: a sum over the vocabulary of its own would take another order for a single row.
+        log_probs = F.log_softmax(logits, dim=2)
+        if self.block == 1:
+            best, ids = torch.topk(log_probs, k, dim=2)
+            return ids, best
+        blocks = log_probs.unflatten(2, (self.num_blocks, self.block))
+        _, block_ids = torch.topk(blocks.amax(dim=3), k, dim=2)  # [B, W, k]
+        chosen = torch.gather(blocks, 2, block_ids[..., None].expand(-1, -1, -1, self.block)).flatten(2)
+        best, places = torch.topk(chosen, k, dim=2)  # places in [0, k * block)
+        ids = torch.gather(block_ids, 2, places // self.block) * self.block + places % self.block
+        return ids, best
+
+
+class DecoderStepGraph(nn.Module):
+    """One decoder step of every row of a lane."""
+
+    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear) -> None:
+        super().__init__()
+        config = model.config
+        self.embedding = GraphEmbedding(model.decoder.embedding)
+        self.layers = nn.ModuleList(GraphDecoderLayer(_decoder_layer(x), config, linear) for x in model.decoder.layers)
+        self.final_norm = model.decoder.final_norm
+        self.candidates = Candidates(config.target_vocab_size)
+        self.output = linear(*_padded_output(model, self.candidates.block * self.candidates.num_blocks))
+
+    def forward(
+        self,
+        target_ids: Tensor,
+        positions: Tensor,
+        longest: Tensor,
+        source_lengths: Tensor,
+        candidate_ranks: Tensor,
+        self_cache: list[Tensor],
+        cross_cache: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """One step.
+
+        Args:
+            target_ids: [B, W] int64, each row's latest token.
+            positions: [B, W] int32, its place in the target; the row's cache holds so many positions before this step.
+            longest: int32 scalar, 1 + the largest position.
+            source_lengths: [B] int32.
+            candidate_ranks: [k] int64, 0 .. k - 1; its length says how many candidates are wanted.
+            self_cache: 2 * layers of [R, h, C, head_dim]; written in place at each row's position.
+            cross_cache: 2 * layers of [B, h, S, head_dim].
+
+        Returns:
+            Candidate ids [B, W, k] int64, their log-probabilities [B, W, k] float32 (best first), the logits
+            [B, W, padded vocabulary] float32, and the self-attention cache.
+        """
+        step = attention.StepLengths(positions.reshape(-1), longest, source_lengths)
+        x = self.embedding(target_ids, positions)  # [B, W, d_model]
+        appended: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            at = slice(2 * i, 2 * i + 2)
+            x, key, value = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
+            appended += [key, value]
+        logits = self.output(self.final_norm(x)).float()
+        ids, log_probs = self.candidates(logits, candidate_ranks.shape[0])
+        return ids, log_probs, logits, appended
+
+
+def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:
+    """Output weight and bias, widened to whole blocks; padding and start token are never decoded."""
+    weight = model.output.weight.detach()
+    vocab_size, d_model = weight.shape
+    padded = torch.zeros(columns, d_model, dtype=weight.dtype)
+    padded[:vocab_size] = weight
+    bias = torch.full((columns,), NEVER, dtype=torch.float32)
+    bias[:vocab_size] = 0.0 if model.output.bias is None else model.output.bias.detach().float()
+    bias[[i for i in (model.config.pad_id, model.config.decoder_start_id) if i != model.config.eos_id]] = NEVER
+    return padded, bias.to(weight.dtype) if weight.dtype is not torch.float16 else bias.clamp(min=-6e4).half()
+
+
+def _encoder_layer(module: nn.Module) -> EncoderLayer:
+    assert isinstance(module, EncoderLayer)
+    return module
+
+
+def _decoder_layer(module: nn.Module) -> DecoderLayer:
+    assert isinstance(module, DecoderLayer)
+    return module

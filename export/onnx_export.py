@@ -1,0 +1,119 @@
+"""Trace the graphs: names, dynamic axes, opset. Knows torch.onnx; does not know checkpoints, precision or bundles."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.graphs import DecoderStepGraph, EncoderGraph
+from export.model import ModelConfig
+
+# LayerNormalization (17) and everything else the graphs use; ONNX Runtime's own operators come from its domain.
+OPSET = 20
+
+_ANY = torch.export.Dim.DYNAMIC
+
+
+def export_encoder(graph: EncoderGraph) -> bytes:
+    """Trace the encoder: ``source_ids``, ``source_lengths`` -> ``cross_cache``; sources and source length are dynamic.
+
+    Returns:
+        The serialized ONNX model.
+    """
+    example = (torch.ones(3, 7, dtype=torch.int64), torch.tensor([7, 5, 2], dtype=torch.int32))
+    return _trace(
+        graph,
+        example,
+        dynamic_shapes=({0: _ANY, 1: _ANY}, {0: _ANY}),
+        input_names=["source_ids", "source_lengths"],
+        output_names=["cross_cache"],
+    )
+
+
+def example_step(config: ModelConfig, *, sources: int, width: int, source_capacity: int, target_capacity: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of ``DecoderStepGraph.forward`` for the first step of a lane with empty caches."""
+    tensors = 2 * config.num_decoder_layers
+    own = (sources * width, config.num_heads, target_capacity, config.head_dim)
+    cross = (sources, config.num_heads, source_capacity, config.head_dim)
+    return (
+        torch.full((sources, width), config.decoder_start_id, dtype=torch.int64),
+        torch.zeros(sources, width, dtype=torch.int32),
+        torch.tensor(1, dtype=torch.int32),
+        torch.full((sources,), source_capacity, dtype=torch.int32),
+        torch.arange(2),
+        [torch.zeros(own, dtype=dtype) for _ in range(tensors)],
+        [torch.zeros(cross, dtype=dtype) for _ in range(tensors)],
+    )
+
+
+def export_decoder(graph: DecoderStepGraph, config: ModelConfig, dtype: torch.dtype = torch.float32) -> bytes:
+    """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
+
+    Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``self_cache.N``,
+    ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``, ``self_cache_appended.N``.
+
+    Returns:
+        The serialized ONNX model.
+    """
+    tensors = 2 * config.num_decoder_layers
+    rows: dict[int, Any] = {0: _ANY, 1: _ANY}
+    cache: dict[int, Any] = {0: _ANY, 2: _ANY}
+    # Sizes of the example are all different, so that the tracer takes none for another.
+    example = example_step(config, sources=3, width=2, source_capacity=7, target_capacity=11, dtype=dtype)
+    return _trace(
+        graph,
+        example,
+        dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, [cache] * tensors, [cache] * tensors),
+        input_names=[
+            *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks"),
+            *(f"self_cache.{i}" for i in range(tensors)),
+            *(f"cross_cache.{i}" for i in range(tensors)),
+        ],
+        output_names=[
+            *("candidate_ids", "candidate_log_probs", "logits"),
+            *(f"self_cache_appended.{i}" for i in range(tensors)),
+        ],
+    )
+
+
+def _trace(
+    graph: nn.Module, example: tuple[Tensor | list[Tensor], ...], *, dynamic_shapes: Any, input_names: list[str], output_names: list[str]
+) -> bytes:
+    with _quiet():
+        program = torch.onnx.export(
+            graph.eval(),
+            example,
+            dynamo=True,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+        assert program is not None
+        stream = io.BytesIO()
+        program.save(stream)
+    return stream.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes on packages that are not installed and on its own deprecations are nobody's business here."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,166 @@
+"""``onnxlate export``: checkpoint -> module -> graphs -> certificate -> bundle, in that order and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from export import verify
+from export.checkpoint import Checkpoint, build_model, read_checkpoint
+from export.graphs import DecoderStepGraph, EncoderGraph, LinearFactory, max_candidates, plain_linear
+from export.model import Transformer
+from export.onnx_export import OPSET, export_decoder, export_encoder
+from export.quantize import PerRowInt8Linear
+from export.writer import write_bundle
+from serving.bundle import (
+    FORMAT_REVISION,
+    Architecture,
+    Bundle,
+    Certificate,
+    Comparison,
+    ManifestDraft,
+    ModelLimits,
+    Precision,
+    Provenance,
+    SpecialIds,
+)
+from serving.tokenizer import SentencePieceTokenizer
+
+# Sentences that the certificate is measured on.
+_MAX_SENTENCES = 32
+
+
+def export_bundle(
+    checkpoint: Path, bundle: Path, *, precision: Precision = "fp32", overwrite: bool = False, show_progress: bool = True
+) -> Bundle:
+    """Export a checkpoint.
+
+    Args:
+        checkpoint: a directory that ``export.checkpoint`` can read.
+        bundle: the directory to write; written whole, or not at all.
+        precision: "fp32", "int8" (per-row activations, per-column weights) or "fp16" (for CUDA).
+        overwrite: replace a bundle that is there.
+        show_progress: a bar on standard error.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used; lists every fault.
+        ExportError: the graphs are too far from the model, or the bundle could not be written.
+    """
+    source = read_checkpoint(checkpoint)
+    model = build_model(source)
+    sources = sample_sources(source)
+    # Three traces for precisions that are made beside fp32, two otherwise; one pass over the sentences for each comparison.
+    passes = 2 if precision == "fp32" else 3
+    with tqdm(total=5 + passes * len(sources), desc="reference", disable=None if show_progress else True, leave=False) as bar:
+
+        def phase(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        references = verify.make_references(model, sources)
+        phase("trace fp32")
+        graphs = _trace(model, plain_linear)
+        phase("verify")
+        comparisons = _compare_fp32(model, references, graphs, bar.update)
+        verify.check(comparisons)
+        if precision == "int8":
+            phase("trace int8")
+            graphs = _trace(model, PerRowInt8Linear)
+            phase("verify int8")
+            comparisons["onnx_int8"] = verify.compare(
+                references,
+                verify.onnx_stepper(model.config, *graphs),
+                model.config,
+                reference_name="PyTorch, fp32, uncached",
+                tolerance=None,
+                progress=bar.update,
+            )
+        elif precision == "fp16":
+            phase("trace fp16")
+            graphs = _trace(model.half(), plain_linear, torch.float16)
+        phase("write")
+        certificate = Certificate(
+            sentences=len(references),
+            decoded_tokens=sum(len(r.target_ids) for r in references),
+            comparisons=comparisons,
+        )
+        encoder_onnx, decoder_onnx = graphs
+        files: dict[str, bytes | Path] = {"encoder.onnx": encoder_onnx, "decoder.onnx": decoder_onnx, **source.tokenizer_files}
+        return write_bundle(bundle, files, _manifest(source, precision, certificate), overwrite=overwrite)
+
+
+def sample_sources(checkpoint: Checkpoint) -> list[list[int]]:
+    """Source ids for the certificate: the checkpoint's own sample sentences, or else ids drawn from its vocabulary."""
+    config = checkpoint.config
+    if checkpoint.sample_lines:
+        spec, paths = checkpoint.tokenizer, checkpoint.tokenizer_files
+        tokenizer = SentencePieceTokenizer.load(paths[spec.source_model], paths[spec.target_model])
+        lines = [line for line in checkpoint.sample_lines if line.strip()][:_MAX_SENTENCES]
+        return [[*tokenizer.encode(line)[: config.max_positions - 1], config.eos_id] for line in lines]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, min(40, config.max_positions - 1), _MAX_SENTENCES)
+    return [[*rng.integers(0, config.source_vocab_size, n).tolist(), config.eos_id] for n in lengths]
+
+
+def _trace(model: Transformer, linear: LinearFactory, dtype: torch.dtype = torch.float32) -> tuple[bytes, bytes]:
+    encoder, decoder = EncoderGraph(model, linear), DecoderStepGraph(model, linear)
+    return export_encoder(encoder), export_decoder(decoder, model.config, dtype)
+
+
+def _compare_fp32(
+    model: Transformer, references: list[verify.Reference], graphs: tuple[bytes, bytes], progress: Callable[[], object]
+) -> dict[str, Comparison]:
+    steppers = {
+        "cached_pytorch": verify.pytorch_stepper(model),
+        "onnx_fp32": verify.onnx_stepper(model.config, *graphs),
+    }
+    return {
+        name: verify.compare(
+            references,
+            stepper,
+            model.config,
+            reference_name="PyTorch, fp32, uncached",
+            tolerance=verify.FP32_LOGIT_TOLERANCE,
+            progress=progress,
+        )
+        for name, stepper in steppers.items()
+    }
+
+
+def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certificate) -> ManifestDraft:
+    config = checkpoint.config
+    return ManifestDraft(
+        format_revision=FORMAT_REVISION,
+        name=checkpoint.name,
+        precision=precision,
+        architecture=Architecture(
+            d_model=config.d_model,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_encoder_layers=config.num_encoder_layers,
+            num_decoder_layers=config.num_decoder_layers,
+            source_vocab_size=config.source_vocab_size,
+            target_vocab_size=config.target_vocab_size,
+        ),
+        ids=SpecialIds(pad=config.pad_id, eos=config.eos_id, decoder_start=config.decoder_start_id),
+        limits=ModelLimits(
+            max_source_tokens=config.max_positions,
+            max_target_tokens=config.max_positions,
+            max_candidates=max_candidates(config.target_vocab_size),
+        ),
+        languages=checkpoint.languages,
+        tokenizer=checkpoint.tokenizer,
+        provenance=Provenance(
+            checkpoint=checkpoint.name,
+            weights_sha256=checkpoint.weights_sha256,
+            onnxlate_version=metadata.version("onnxlate"),
+            torch_version=torch.__version__,
+            onnx_opset=OPSET,
+        ),
+        certificate=certificate,
+    )

@@ -1,0 +1,187 @@
+"""The parity certificate: how far the exported graphs are from the trained model, measured, and the gate.
+
+Every comparison is made against the same reference, the model's uncached full pass in float32, at every position of its own
+greedy translations of real sentences. Agreement at every position given the same prefix means, by induction, the same
+greedy translation.
+Does not know: where graphs come from or go to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.graphs import DecoderStepGraph, EncoderGraph
+from export.model import ModelConfig, Transformer
+from export.onnx_export import example_step
+from serving.bundle import Comparison
+from serving.errors import ExportError
+from serving.session import load_graph, pad_sources
+
+# Largest absolute difference of any logit, for graphs that compute in float32.
+FP32_LOGIT_TOLERANCE = 1e-3
+# Tokens of a reference translation at most: a model that does not stop is compared on so many.
+_LONGEST_TARGET = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the model itself says."""
+
+    source_ids: tuple[int, ...]
+    # Start token, then its greedy translation, without the end-of-sentence token.
+    target_ids: tuple[int, ...]
+    # [len(target_ids), vocabulary], from the uncached pass over target_ids.
+    logits: NDArray[np.float32]
+
+
+# Logits [positions, at least the vocabulary] of one graph, stepped through source_ids and target_ids.
+Stepper = Callable[[Reference], NDArray[np.float32]]
+
+
+@torch.no_grad()
+def make_references(model: Transformer, sources: Sequence[Sequence[int]]) -> list[Reference]:
+    """Greedy translations by the uncached pass: each step computes the whole prefix anew."""
+    config = model.config
+    references = []
+    for source in sources:
+        source_ids, lengths = torch.tensor([list(source)]), torch.tensor([len(source)])
+        target = [config.decoder_start_id]
+        while True:
+            logits = model(source_ids, lengths, torch.tensor([target]))[0]
+            best = int(_decodable(logits.numpy(), config)[-1].argmax())
+            if best == config.eos_id or len(target) == min(_LONGEST_TARGET, config.max_positions):
+                break
+            target.append(best)
+        references.append(Reference(tuple(source), tuple(target), logits.numpy()))
+    return references
+
+
+def pytorch_stepper(model: Transformer) -> Stepper:
+    """The graphs' modules run eagerly: incremental decoding with caches, in PyTorch."""
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+
+    @torch.no_grad()
+    def step_through(reference: Reference) -> NDArray[np.float32]:
+        source_ids, lengths = pad_sources([reference.source_ids], model.config.pad_id)
+        cross = list(encoder(torch.from_numpy(source_ids), torch.from_numpy(lengths)))
+        cache = _empty_cache(model.config, reference)
+        logits = []
+        for position, token in enumerate(reference.target_ids):
+            _, _, step_logits, cache = decoder(
+                torch.tensor([[token]]),
+                torch.tensor([[position]], dtype=torch.int32),
+                torch.tensor(position + 1, dtype=torch.int32),
+                torch.from_numpy(lengths),
+                torch.arange(1),
+                cache,
+                cross,
+            )
+            logits.append(step_logits[0, 0].numpy())
+        return np.stack(logits)
+
+    return step_through
+
+
+def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes) -> Stepper:
+    """The exported graphs on ONNX Runtime, loaded as serving loads them."""
+    encoder, decoder = load_graph(encoder_onnx), load_graph(decoder_onnx)
+    tensors = 2 * config.num_decoder_layers
+    outputs = ["candidate_ids", "logits", *(f"self_cache_appended.{i}" for i in range(tensors))]
+
+    def step_through(reference: Reference) -> NDArray[np.float32]:
+        source_ids, lengths = pad_sources([reference.source_ids], config.pad_id)
+        (cross,) = encoder.run(["cross_cache"], {"source_ids": source_ids, "source_lengths": lengths})
+        cache = [tensor.numpy() for tensor in _empty_cache(config, reference)]
+        logits = []
+        for position, token in enumerate(reference.target_ids):
+            feeds = {
+                "target_ids": np.array([[token]]),
+                "positions": np.array([[position]], np.int32),
+                "longest": np.array(position + 1, np.int32),
+                "source_lengths": lengths,
+                "candidate_ranks": np.arange(1),
+                **{f"self_cache.{i}": cache[i] for i in range(tensors)},
+                **{f"cross_cache.{i}": cross[i] for i in range(tensors)},
+            }
+            candidate_ids, step_logits, *cache = decoder.run(outputs, feeds)
+            if candidate_ids[0, 0, 0] != step_logits[0, 0].argmax():
+                raise ExportError("the decoder graph's best candidate is not the best of its own logits")
+            logits.append(step_logits[0, 0])
+        return np.stack(logits)
+
+    return step_through
+
+
+def compare(
+    references: Sequence[Reference],
+    stepper: Stepper,
+    config: ModelConfig,
+    *,
+    reference_name: str,
+    tolerance: float | None,
+    progress: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Step a graph through every reference and measure.
+
+    Args:
+        references: what to compare with.
+        stepper: the graph.
+        config: the model's.
+        reference_name: for the certificate.
+        tolerance: of the logits; None measures without a gate.
+        progress: called after each sentence.
+
+    Raises:
+        ExportError: a logit is not finite.
+    """
+    differences, agreed, tokens = [0.0], 0, 0
+    for reference in references:
+        logits = _decodable(stepper(reference)[:, : config.target_vocab_size], config)
+        expected = _decodable(reference.logits, config)
+        decodable = expected > -np.inf
+        differences.append(float(np.abs(logits[decodable] - expected[decodable]).max()))
+        agreed += int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
+        tokens += len(expected)
+        progress()
+    worst = float(np.max(differences))  # not a number if any is
+    if not np.isfinite(worst):
+        raise ExportError(f"{reference_name}: the graphs' logits are not finite; nothing was written")
+    return Comparison(
+        reference=reference_name, max_abs_logit_difference=worst, token_agreement=agreed / tokens, tolerance=tolerance
+    )
+
+
+def check(comparisons: dict[str, Comparison]) -> None:
+    """The gate.
+
+    Raises:
+        ExportError: naming every comparison that exceeds its tolerance, or that has one and disagrees on any token.
+    """
+    faults = [
+        f"{name}: largest logit difference {c.max_abs_logit_difference:.2e} (tolerance {c.tolerance:.0e}), "
+        f"greedy token agreement {c.token_agreement:.4%} (100 % is needed)"
+        for name, c in comparisons.items()
+        if c.tolerance is not None and not (c.max_abs_logit_difference <= c.tolerance and c.token_agreement == 1)
+    ]
+    if faults:
+        raise ExportError("\n  ".join(["the graphs are not close enough to the model; nothing was written:", *faults]))
+
+
+def _decodable(logits: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float32]:
+    """A copy with the tokens that are never decoded out of the race: [positions, vocabulary]."""
+    logits = logits.copy()
+    logits[:, [i for i in (config.pad_id, config.decoder_start_id) if i != config.eos_id]] = -np.inf
+    return logits
+
+
+def _empty_cache(config: ModelConfig, reference: Reference) -> list[torch.Tensor]:
+    arguments = example_step(
+        config, sources=1, width=1, source_capacity=1, target_capacity=len(reference.target_ids), dtype=torch.float32
+    )
+    cache: list[torch.Tensor] = arguments[5]
+    return cache

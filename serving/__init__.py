@@ -1,0 +1,1 @@
+"""Online stage: text over gRPC, through a bundle's graphs, to translations. Needs no torch."""

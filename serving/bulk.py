@@ -1,0 +1,179 @@
+"""Many lines in, their translations out in the same order, with a bounded number of them on the way.
+
+Knows lines and windows; does not know the command line, the event loop or how a translation is made. Errors name the line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO, TypeVar
+
+from serving.errors import InvalidRequestError, OnnxlateError
+from serving.preparation import BLANK, RequestOptions, TextPreparer, Translation
+from serving.request import Outcome, Sequence
+from serving.translator import DecodingEngine
+
+_T = TypeVar("_T")
+
+
+def read_lines(stream: BinaryIO) -> Iterator[str]:
+    """Lines of UTF-8 text without their ends. Only a line feed (after a carriage return or not) ends a line.
+
+    Raises:
+        InvalidRequestError: a line is not UTF-8; names it.
+    """
+    for number, raw in enumerate(stream, start=1):
+        line = raw.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(f"line {number}", f"is not UTF-8 (its byte {error.start + 1})") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """How much is handed to an engine ahead of the oldest line that is not answered; within what its queue holds."""
+
+    max_sequences: int
+    max_source_tokens: int
+
+
+def through_engine(
+    lines: Iterable[str], *, preparer: TextPreparer, engine: DecodingEngine, options: RequestOptions, window: Window
+) -> Iterator[Translation]:
+    """Translate lines in this process. Lines before a bad one are still answered, then its error is raised.
+
+    Args:
+        lines: read only as fast as the window moves.
+        preparer: the model's rules.
+        engine: started; it is never handed more than the window, so it has no cause to refuse.
+        options: of every line.
+        window: at most this much is in the engine.
+
+    Raises:
+        InvalidRequestError: the options or a line are out of bounds.
+        EngineError: a graph failed.
+    """
+    preparer.check_options(options)
+    on_the_way: deque[_Line] = deque()
+    tokens = 0
+
+    def is_full(source_tokens: int) -> bool:
+        return len(on_the_way) >= window.max_sequences or tokens + source_tokens > window.max_source_tokens
+
+    failure: OnnxlateError | None = None
+    numbered = _numbered(lines)
+    try:
+        while True:
+            try:
+                number, text = next(numbered)
+                source = preparer.source_ids(text, f"line {number}")
+            except StopIteration:
+                break
+            except OnnxlateError as error:
+                failure = error
+                break
+            while on_the_way and (is_full(len(source)) or on_the_way[0].ended.is_set()):
+                tokens -= len(on_the_way[0].source)
+                yield on_the_way.popleft().translation(preparer)
+            line = _Line(source)
+            if source:
+                now_s = time.monotonic()
+                line.sequence = preparer.sequence(source, options, arrived_at_s=now_s, expires_at_s=math.inf, on_outcome=line.end)
+                engine.submit([line.sequence])
+            else:
+                line.ended.set()
+            tokens += len(source)
+            on_the_way.append(line)
+        while on_the_way:
+            yield on_the_way.popleft().translation(preparer)
+    finally:
+        left = [line.sequence for line in on_the_way if line.sequence is not None and not line.ended.is_set()]
+        if left:
+            engine.cancel(left)
+    if failure is not None:
+        raise failure
+
+
+@dataclass(slots=True)
+class _Line:
+    source: tuple[int, ...]
+    sequence: Sequence | None = None
+    outcome: Outcome | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.ended.set()
+
+    def translation(self, preparer: TextPreparer) -> Translation:
+        self.ended.wait()
+        if self.outcome is None:
+            return BLANK
+        if self.outcome.error is not None:
+            raise self.outcome.error
+        return preparer.translation(len(self.source), self.outcome)
+
+
+def through_server(
+    lines: Iterable[str], translate: Callable[[list[str]], list[_T]], *, lines_per_request: int, requests_in_flight: int
+) -> Iterator[_T]:
+    """Translate lines by requests of several lines each. Lines before a bad request are still answered, then its error is raised.
+
+    Args:
+        lines: read only as fast as requests are answered.
+        translate: sends one request; called on several threads.
+        lines_per_request: of each request but the last.
+        requests_in_flight: at most so many at once.
+
+    Raises:
+        InvalidRequestError: a line is out of bounds or cannot be read.
+        OnnxlateError: what ``translate`` raises.
+    """
+    failure: OnnxlateError | None = None
+    on_the_way: deque[tuple[int, Future[list[_T]]]] = deque()
+    numbered = _numbered(lines)
+    pool = ThreadPoolExecutor(requests_in_flight, thread_name_prefix="onnxlate-request")
+    try:
+        while failure is None:
+            batch: list[tuple[int, str]] = []
+            try:
+                for line in itertools.islice(numbered, lines_per_request):
+                    batch.append(line)  # one by one: lines before a bad one are kept
+            except OnnxlateError as error:
+                failure = error
+            if not batch:
+                break
+            if len(on_the_way) >= requests_in_flight:
+                yield from _answer(*on_the_way.popleft())
+            on_the_way.append((batch[0][0], pool.submit(translate, [text for _, text in batch])))
+        while on_the_way:
+            yield from _answer(*on_the_way.popleft())
+    finally:
+        # Without waiting: whoever leaves early closes the client, which ends the calls in flight.
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+def _answer(first_number: int, future: Future[list[_T]]) -> list[_T]:
+    """The request's answers; its error names the line instead of the place within the request."""
+    try:
+        return future.result()
+    except InvalidRequestError as error:
+        place = re.fullmatch(r"texts\[(\d+)\]", error.field)
+        if place is None:
+            raise
+        raise InvalidRequestError(f"line {first_number + int(place[1])}", error.reason) from error
+
+
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    return enumerate(lines, start=1)

@@ -1,0 +1,350 @@
+"""The bundle: its manifest, and how a directory becomes one.
+
+A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx`` and the tokenizer's files. This module knows
+the manifest's fields and how a bundle is checked before any of it is used; it does not know what the graphs compute, how they
+are run, or how a bundle is written (``export/writer.py``).
+
+A bundle may come from anywhere: no symbolic link is followed, no name may lead out of the directory, and every listed file must
+have the size and hash that the manifest states. Files that the manifest does not list are nobody's business.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from serving.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+ENCODER_NAME = "encoder.onnx"
+DECODER_NAME = "decoder.onnx"
+# Raised when a reader of the old revision would misread the new one.
+FORMAT_REVISION = 1
+
+_SUPPORTED_REVISIONS = (1,)
+
+Precision = Literal["fp32", "int8", "fp16"]
+Count = Annotated[int, Field(gt=0)]
+TokenId = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    """What all of the manifest has in common: nothing is guessed, converted or left over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Architecture(_Record):
+    """Sizes that the caches and the search need."""
+
+    d_model: Count
+    num_heads: Count
+    head_dim: Count
+    num_encoder_layers: Count
+    num_decoder_layers: Count
+    source_vocab_size: Count
+    target_vocab_size: Count
+
+
+class SpecialIds(_Record):
+    """Token ids with a meaning of their own."""
+
+    pad: TokenId
+    # Ends every source and every target.
+    eos: TokenId
+    # Starts every target; never part of an answer.
+    decoder_start: TokenId
+
+
+class ModelLimits(_Record):
+    """What the graphs allow, whatever the server would."""
+
+    # Both with the end-of-sentence token.
+    max_source_tokens: Count
+    max_target_tokens: Count
+    # Candidates that a decoder step can return for a row.
+    max_candidates: Count
+
+
+class LanguagePair(_Record):
+    """What the model translates from and into, for example ``en`` and ``de``."""
+
+    source: Text
+    target: Text
+
+
+class TokenizerSpec(_Record):
+    """Which files cut text into tokens; both names may be one file."""
+
+    kind: Literal["sentencepiece"]
+    source_model: Text
+    target_model: Text
+
+    @property
+    def file_names(self) -> list[str]:
+        """Its files, each once."""
+        return list(dict.fromkeys((self.source_model, self.target_model)))
+
+
+class Comparison(_Record):
+    """How far one way of running the model is from another, measured on real sentences."""
+
+    # What it was compared with, for a person.
+    reference: Text
+    max_abs_logit_difference: NonNegative
+    # Share of the greedy tokens that are the same.
+    token_agreement: Annotated[float, Field(ge=0, le=1)]
+    # The largest logit difference with which the export succeeds; None: measured and told, whatever it is.
+    tolerance: NonNegative | None
+
+
+class Certificate(_Record):
+    """The parity certificate, measured at export."""
+
+    sentences: Count
+    decoded_tokens: Count
+    # "cached_pytorch" and "onnx_fp32" always; "onnx_int8" or "onnx_fp16" where such graphs were made.
+    comparisons: dict[str, Comparison]
+
+
+class Provenance(_Record):
+    """Where the graphs came from."""
+
+    # The checkpoint's name; never a path.
+    checkpoint: Text
+    weights_sha256: Sha256
+    onnxlate_version: Text
+    torch_version: Text
+    onnx_opset: Count
+
+
+class FileEntry(_Record):
+    """What a file must be."""
+
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class ManifestDraft(_Record):
+    """A manifest before its files are written: everything but their hashes."""
+
+    format_revision: int
+    name: Text
+    precision: Precision
+    architecture: Architecture
+    ids: SpecialIds
+    limits: ModelLimits
+    languages: list[LanguagePair]
+    tokenizer: TokenizerSpec
+    provenance: Provenance
+    certificate: Certificate
+
+
+class Manifest(ManifestDraft):
+    """What ``manifest.json`` holds."""
+
+    # Every file of the bundle but the manifest itself.
+    files: dict[str, FileEntry]
+
+    def version(self) -> str:
+        """Twelve hexadecimal digits that tell two bundles of one name apart: of the SHA-256 of the manifest as canonical JSON."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A directory that was checked, and its manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def encoder_path(self) -> Path:
+        """The encoder's graph."""
+        return self.path(ENCODER_NAME)
+
+    @property
+    def decoder_path(self) -> Path:
+        """The decoder step's graph."""
+        return self.path(DECODER_NAME)
+
+    def path(self, name: str) -> Path:
+        """The file that the manifest lists as ``name``."""
+        return self.directory / name
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """Read and check a bundle; every file is hashed.
+
+    Raises:
+        BundleError: with every fault. Files are looked at only when the manifest itself can be read.
+    """
+    if not directory.is_dir():
+        raise BundleError(directory, ["there is no such directory"])
+    try:
+        with _open(directory / MANIFEST_NAME) as stream:
+            raw = from_json(stream.read())
+    except OSError as error:
+        raise BundleError(directory, [f"{MANIFEST_NAME}: {_reason(error)}"]) from error
+    except ValueError as error:
+        raise BundleError(directory, [f"{MANIFEST_NAME}: is not JSON: {error}"]) from error
+    if fault := revision_fault(raw, _SUPPORTED_REVISIONS, "export the checkpoint again with this version of onnxlate"):
+        raise BundleError(directory, [f"{MANIFEST_NAME}: {fault}"])
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise BundleError(directory, [f"{MANIFEST_NAME}: {fault}" for fault in field_faults(error.errors())]) from error
+
+    faults = manifest_faults(manifest, manifest.files)
+    for name, entry in manifest.files.items():
+        if name_fault(name) is None:
+            faults += _file_faults(directory / name, entry)
+    if faults:
+        raise BundleError(directory, faults)
+    return Bundle(directory, manifest)
+
+
+def manifest_faults(manifest: ManifestDraft, file_names: Iterable[str]) -> list[str]:
+    """What is wrong with a manifest whose fields are well formed, for a bundle of these files; empty when nothing is."""
+    names = set(file_names)
+    faults = [fault for name in sorted(names) if (fault := name_fault(name)) is not None]
+    if MANIFEST_NAME in names:
+        faults.append(f"{MANIFEST_NAME}: cannot list itself")
+    required = (ENCODER_NAME, DECODER_NAME, *manifest.tokenizer.file_names)
+    faults += [f"{name}: needed, and not among the bundle's files" for name in required if name not in names]
+    ids, sizes = manifest.ids, manifest.architecture
+    for field, token_id, size in (
+        ("pad", ids.pad, min(sizes.source_vocab_size, sizes.target_vocab_size)),
+        ("eos", ids.eos, min(sizes.source_vocab_size, sizes.target_vocab_size)),
+        ("decoder_start", ids.decoder_start, sizes.target_vocab_size),
+    ):
+        if token_id >= size:
+            faults.append(f"{MANIFEST_NAME}: ids.{field}: {token_id} is outside a vocabulary of {size}")
+    return faults
+
+
+def name_fault(name: str) -> str | None:
+    """Why ``name`` cannot be a file's name in a bundle or checkpoint; None when it can."""
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        return f"{name!r}: is not a plain file name; nothing outside the directory is read"
+    return None
+
+
+def revision_fault(raw: Any, supported: tuple[int, ...], remedy: str) -> str | None:
+    """Why a document of another revision cannot be read; None when it can be, or states no revision at all.
+
+    Looked at before the fields: those of another revision would only give faults that lead astray.
+    """
+    revision = raw.get("format_revision") if isinstance(raw, dict) else None
+    if not isinstance(revision, int) or revision in supported:
+        return None
+    known = ", ".join(map(str, supported))
+    return f"format_revision: {revision} is not supported (supported: {known}); {remedy}"
+
+
+def field_faults(errors: Iterable[ErrorDetails]) -> list[str]:
+    """A pydantic error as lines, each ``path.of.field: what is wrong``."""
+    faults = []
+    for error in errors:
+        path = ".".join(map(str, error["loc"]))
+        faults.append(f"{path}: {error['msg']}" if path else error["msg"])
+    return faults
+
+
+def describe(manifest: Manifest) -> str:
+    """The manifest for a person."""
+    sizes, limits, origin, certificate = manifest.architecture, manifest.limits, manifest.provenance, manifest.certificate
+    layers = f"{sizes.num_encoder_layers} encoder and {sizes.num_decoder_layers} decoder layers"
+    facts = {
+        "name": manifest.name,
+        "version": manifest.version(),
+        "precision": manifest.precision,
+        "languages": ", ".join(f"{pair.source} -> {pair.target}" for pair in manifest.languages) or "not stated",
+        "model": f"{layers}, d_model {sizes.d_model}, {sizes.num_heads} heads of {sizes.head_dim}",
+        "vocabulary": f"{sizes.source_vocab_size} source, {sizes.target_vocab_size} target",
+        "limits": f"{limits.max_source_tokens} source tokens, {limits.max_target_tokens} target tokens, "
+        f"{limits.max_candidates} candidates a step",
+        "tokenizer": f"{manifest.tokenizer.kind} ({', '.join(manifest.tokenizer.file_names)})",
+        "checkpoint": f"{origin.checkpoint} (weights {origin.weights_sha256[:12]})",
+        "made by": f"onnxlate {origin.onnxlate_version}, torch {origin.torch_version}, ONNX opset {origin.onnx_opset}",
+        "format": f"revision {manifest.format_revision}",
+    }
+    files = [("", "MB", "sha256")]
+    files += [(name, f"{entry.bytes / 1e6:.2f}", entry.sha256[:12]) for name, entry in sorted(manifest.files.items())]
+    comparisons = [("", "against", "largest logit difference", "tolerance", "same tokens")]
+    comparisons += [
+        (
+            name,
+            comparison.reference,
+            f"{comparison.max_abs_logit_difference:.2e}",
+            "none" if comparison.tolerance is None else f"{comparison.tolerance:.0e}",
+            f"{comparison.token_agreement:.2%}",
+        )
+        for name, comparison in certificate.comparisons.items()
+    ]
+    return "\n".join(
+        [
+            *_aligned(tuple(facts.items())),
+            "",
+            "files",
+            *_aligned(files),
+            "",
+            f"certificate, measured on {certificate.sentences} sentences, {certificate.decoded_tokens} decoded tokens",
+            *_aligned(comparisons),
+        ]
+    )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _file_faults(path: Path, entry: FileEntry) -> list[str]:
+    try:
+        with _open(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != entry.bytes:
+                return [f"{path.name}: has {size} bytes instead of {entry.bytes}"]
+            if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
+                return [f"{path.name}: its contents have changed (SHA-256 differs)"]
+    except OSError as error:
+        return [f"{path.name}: {_reason(error)}"]
+    return []
+
+
+def _open(path: Path) -> io.BufferedReader:
+    """Open a regular file, no link; without waiting, should it be a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return "is missing"
+        case errno.ELOOP:
+            return "is a symbolic link; none is followed"
+        case _:
+            return error.strerror or str(error)

@@ -1,0 +1,235 @@
+"""The command line: ``onnxlate serve | translate | inspect | export``.
+
+Knows options, their defaults and exit statuses: 0 done, 1 an error of ours (on stderr, without a traceback), 2 wrong usage. What
+the commands need is imported when they run, because no install has all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from tqdm import tqdm
+
+from serving.bundle import Precision, describe, read_bundle
+from serving.config import EngineConfig, RequestLimits, ServerConfig
+from serving.errors import ExportError, OnnxlateError
+from serving.version import package_version
+
+if TYPE_CHECKING:
+    from serving.client import RemoteTranslation
+    from serving.preparation import RequestOptions, Translation
+
+# Their fields are the options' defaults.
+_SERVER, _ENGINE, _LIMITS = ServerConfig(), EngineConfig(), RequestLimits()
+
+_DIRECTORY = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_PRECISION = click.Choice(get_args(Precision))
+_PORT = click.IntRange(0, 65535)
+
+# Lines that are read ahead of the oldest unanswered one, so that short lines need not wait for long ones.
+_LINES_AHEAD = 1024
+
+
+class _Commands(click.Group):
+    """Prints our errors as one message; a traceback is for what nobody foresaw."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnnxlateError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"auto_envvar_prefix": "ONNXLATE", "help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.version_option(package_version(), prog_name="onnxlate", message="%(prog)s %(version)s")
+def main() -> None:
+    """Serve encoder-decoder Transformer translation models.
+
+    Every option can be given as an environment variable too: --port of serve as ONNXLATE_SERVE_PORT.
+    """
+
+
+@main.command()
+@click.argument("bundle", type=_DIRECTORY)
+@click.option("--host", default=_SERVER.host, help="Address to listen on.")
+@click.option("--port", type=_PORT, default=_SERVER.port, help="gRPC port; 0 lets the system choose.")
+@click.option("--metrics-port", type=_PORT, default=_SERVER.metrics_port, help="Prometheus port; 0 lets the system choose.")
+@click.option("--threads", type=_COUNT, help="CPU threads for the model.  [default: the CPUs this process may use]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=_ENGINE.device, help="Where the model runs.")
+@click.option("--max-rows", type=_COUNT, default=_ENGINE.max_rows_per_worker, help="Hypotheses that one worker decodes together.")
+@click.option("--max-waiting", type=_COUNT, default=_ENGINE.max_waiting_sequences, help="Texts that may wait; more are refused.")
+@click.option("--max-beam-size", type=_COUNT, default=_LIMITS.max_beam_size, help="Widest beam of a request.")
+@click.option("--max-texts", type=_COUNT, default=_LIMITS.max_texts_per_request, help="Texts of one request.")
+@click.option("--max-request", type=_SECONDS, default=_LIMITS.max_request_s, help="Longest request, in seconds.")
+@click.option(
+    "--drain-timeout", type=_SECONDS, default=_SERVER.drain_timeout_s, help="Seconds that requests get to finish at SIGTERM."
+)
+@click.option("--reflection", is_flag=True, help="Answer gRPC reflection.")
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    metrics_port: int,
+    threads: int | None,
+    device: str,
+    max_rows: int,
+    max_waiting: int,
+    max_beam_size: int,
+    max_texts: int,
+    max_request: float,
+    drain_timeout: float,
+    reflection: bool,
+) -> None:
+    """Serve BUNDLE over gRPC until SIGTERM, then finish what was admitted."""
+    from serving import server
+    from serving.model import load_model
+
+    engine = _engine_config(device=device, threads=threads, max_rows_per_worker=max_rows, max_waiting_sequences=max_waiting)
+    limits = RequestLimits(max_texts_per_request=max_texts, max_beam_size=max_beam_size, max_request_s=max_request)
+    config = ServerConfig(host=host, port=port, metrics_port=metrics_port, reflection=reflection, drain_timeout_s=drain_timeout)
+    sys.exit(server.serve(config, limits, lambda metrics: load_model(bundle, engine, limits, metrics)))
+
+
+@main.command()
+@click.option("--server", metavar="HOST:PORT", help="Translate by this server.")
+@click.option("--bundle", type=_DIRECTORY, help="Translate with this bundle, in this process.")
+@click.option("--beam-size", type=_COUNT, help="Hypotheses kept alive at each step; 1, the default, decodes greedily.")
+@click.option("--num-hypotheses", type=_COUNT, help="Print so many for each line, best first; 1 by default.")
+@click.option("--length-penalty", type=float, help="Score = log-probability / length^X; 1 by default.")
+@click.option("--min-target-tokens", type=click.IntRange(min=0), help="A translation does not end before; 0 by default.")
+@click.option("--max-target-tokens", type=_COUNT, help="A translation is cut there; by default far above a line's length.")
+@click.option("--source-language", default="", help="Code of the language of the lines.  [default: what the model translates]")
+@click.option("--target-language", default="", help="Code of the language wanted.  [default: what the model translates]")
+@click.option("--batch-size", type=_COUNT, default=32, help="Lines of one request (--server) or decoded together (--bundle).")
+@click.option("--in-flight", type=_COUNT, default=8, help="Requests sent at a time (--server).")
+@click.option("--timeout", type=_SECONDS, default=60.0, help="Seconds for one request, retries included (--server).")
+@click.option("--threads", type=_COUNT, help="CPU threads (--bundle).  [default: the CPUs this process may use]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=_ENGINE.device, help="Where it runs (--bundle).")
+def translate(
+    server: str | None,
+    bundle: Path | None,
+    beam_size: int | None,
+    num_hypotheses: int | None,
+    length_penalty: float | None,
+    min_target_tokens: int | None,
+    max_target_tokens: int | None,
+    source_language: str,
+    target_language: str,
+    batch_size: int,
+    in_flight: int,
+    timeout: float,
+    threads: int | None,
+    device: str,
+) -> None:
+    """Translate standard input to standard output, line by line, in order.
+
+    With --num-hypotheses above 1, each line gives up to so many, as LINE NUMBER<TAB>SCORE<TAB>TEXT.
+    """
+    from serving.preparation import RequestOptions
+
+    options = RequestOptions(
+        beam_size=beam_size,
+        num_hypotheses=num_hypotheses,
+        length_penalty=length_penalty,
+        min_target_tokens=min_target_tokens,
+        max_target_tokens=max_target_tokens,
+    )
+    languages = (source_language, target_language)
+    if (server is None) == (bundle is None):
+        raise click.UsageError("give either --server or --bundle")
+    if server is not None:
+        translations: Iterator[Any] = _by_server(server, options, languages, batch_size, in_flight, timeout)
+    else:
+        assert bundle is not None
+        engine = _engine_config(device=device, threads=threads, max_rows_per_worker=batch_size * (beam_size or 1))
+        translations = _by_bundle(bundle, options, languages, engine)
+    _print_translations(translations, n_best=(num_hypotheses or 1) > 1)
+
+
+def _by_server(
+    address: str, options: RequestOptions, languages: tuple[str, str], batch_size: int, in_flight: int, timeout_s: float
+) -> Iterator[RemoteTranslation]:
+    from serving.bulk import read_lines, through_server
+    from serving.client import RetryPolicy, TranslationClient
+
+    # Tells at once that there is no server, or none of this kind; then a refusal is worth waiting for, within the timeout.
+    with TranslationClient(address, timeout_s=timeout_s) as client:
+        client.model_info()
+    decoding = {option.name: getattr(options, option.name) for option in fields(options)}
+    with TranslationClient(address, timeout_s=timeout_s, retry=RetryPolicy(max_attempts=1000)) as client:
+
+        def request(texts: list[str]) -> list[RemoteTranslation]:
+            return client.translate(texts, source_language=languages[0], target_language=languages[1], **decoding)
+
+        lines = read_lines(sys.stdin.buffer)
+        yield from through_server(lines, request, lines_per_request=batch_size, requests_in_flight=in_flight)
+
+
+def _by_bundle(bundle: Path, options: RequestOptions, languages: tuple[str, str], config: EngineConfig) -> Iterator[Translation]:
+    from serving.bulk import Window, read_lines, through_engine
+    from serving.model import load_model
+    from serving.observer import NullObserver
+
+    limits = RequestLimits(max_beam_size=max(options.beam_size or 1, _LIMITS.max_beam_size))
+    model = load_model(bundle, config, limits, NullObserver())
+    try:
+        model.preparer.check_languages(*languages)
+        ahead = max(_LINES_AHEAD, 4 * sum(model.worker_rows))
+        window = Window(max_sequences=min(ahead, config.max_waiting_sequences), max_source_tokens=config.max_waiting_tokens)
+        lines = read_lines(sys.stdin.buffer)
+        yield from through_engine(lines, preparer=model.preparer, engine=model.engine, options=options, window=window)
+    finally:
+        model.engine.close()
+
+
+def _print_translations(translations: Iterable[Translation | RemoteTranslation], *, n_best: bool) -> None:
+    out = sys.stdout.buffer
+    # A bar and translations on one terminal would write over each other.
+    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+    for number, translation in enumerate(tqdm(translations, unit=" lines", file=sys.stderr, disable=hidden), start=1):
+        for hypothesis in translation.hypotheses if n_best else translation.hypotheses[:1]:
+            text = " ".join(hypothesis.text.splitlines())
+            out.write((f"{number}\t{hypothesis.score:.6f}\t{text}\n" if n_best else f"{text}\n").encode())
+        out.flush()
+
+
+@main.command()
+@click.argument("bundle", type=_DIRECTORY)
+def inspect(bundle: Path) -> None:
+    """Check BUNDLE and print what it is."""
+    click.echo(describe(read_bundle(bundle).manifest))
+
+
+@main.command()
+@click.argument("checkpoint", type=_DIRECTORY)
+@click.argument("bundle", type=_DIRECTORY)
+@click.option(
+    "--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the weights; int8 for CPU, fp16 for CUDA."
+)
+@click.option("--overwrite", is_flag=True, help="Replace BUNDLE where it is there already.")
+def export(checkpoint: Path, bundle: Path, precision: Precision, overwrite: bool) -> None:
+    """Export the trained CHECKPOINT, a directory, to the new directory BUNDLE."""
+    try:
+        from export.pipeline import export_bundle
+    except ModuleNotFoundError as error:
+        raise ExportError(f"{error.name} is not installed: exporting needs the extra onnxlate[export]") from error
+    export_bundle(checkpoint, bundle, precision=precision, overwrite=overwrite)
+    click.echo(f"wrote {bundle}", err=True)
+
+
+def _engine_config(*, threads: int | None, **options: Any) -> EngineConfig:
+    return EngineConfig(**options) if threads is None else EngineConfig(threads=threads, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""A client for Python programs: one channel, deadlines, and retries of what may be retried.
+
+Knows the protocol and its error details; needs neither a bundle nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+from serving.errors import DeadlineExceededError, InvalidRequestError
+from serving.pb import translation_pb2 as pb
+from serving.remote_errors import call_of, error_of, server_wait_s
+
+_T = TypeVar("_T")
+
+_SERVICE: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
+_FINISH_REASONS = {pb.FINISH_REASON_EOS: "eos", pb.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How often and how patiently a refused call is tried again; always within its deadline."""
+
+    max_attempts: int = 5
+    # The wait before try n + 1 is drawn evenly from 0 to first_backoff_s * 2^(n - 1), at most max_backoff_s ("full jitter", so
+    # that clients refused together do not come back together); never less than the server asks for.
+    first_backoff_s: float = 0.1
+    max_backoff_s: float = 5.0
+
+    def wait_s(self, attempts: int, draw: float) -> float:
+        """Seconds to wait after so many tries; ``draw`` is a random number from 0 to 1."""
+        return draw * min(self.max_backoff_s, self.first_backoff_s * 2.0 ** (attempts - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteHypothesis:
+    """One translation of one text."""
+
+    text: str
+    score: float
+    # "eos" when the model ended the sentence, "length" when it was cut at max_target_tokens.
+    finish_reason: str
+    target_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTimings:
+    """Where one text's time went on the server."""
+
+    queue_s: float
+    encode_s: float
+    decode_s: float
+    steps: int
+    mean_rows_per_step: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteTranslation:
+    """The answer for one text; hypotheses are best first."""
+
+    hypotheses: tuple[RemoteHypothesis, ...]
+    source_tokens: int
+    timings: TextTimings
+
+    @property
+    def text(self) -> str:
+        """The best hypothesis' text."""
+        return self.hypotheses[0].text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedPiece:
+    """A piece of a streamed translation."""
+
+    # To append to what came before; never taken back.
+    text_delta: str
+    # In the last piece only.
+    translation: RemoteTranslation | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a server serves, and what it allows."""
+
+    name: str
+    version: str
+    server_version: str
+    # (source, target) pairs.
+    languages: tuple[tuple[str, str], ...]
+    precision: str
+    device: str
+    max_texts_per_request: int
+    max_source_tokens: int
+    max_target_tokens: int
+    max_beam_size: int
+    max_request_s: float
+
+
+class TranslationClient:
+    """Calls one server. Threads may share it."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        """A client of ``target``, connected at its first call.
+
+        Args:
+            target: HOST:PORT.
+            timeout_s: of a call, all its tries and waits together.
+            retry: by default 5 tries; ``RetryPolicy(max_attempts=1)`` never tries again.
+            sleep: waits between tries.
+            draw: a random number from 0 to 1, for the jitter.
+
+        Raises:
+            ValueError: ``timeout_s`` is not above 0. (gRPC would take 0 for no deadline at all.)
+        """
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, not {timeout_s}")
+        self._target = target
+        self._timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self._sleep = sleep
+        self._draw = draw
+        self._channel = grpc.insecure_channel(
+            target,
+            options=[
+                # gRPC's own retries do not read RetryInfo, and they would multiply with ours.
+                ("grpc.enable_retries", 0),
+                ("grpc.max_receive_message_length", 64 << 20),
+                ("grpc.keepalive_time_ms", 60_000),
+                # While a server is coming up: the defaults grow to two minutes.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 2_000),
+            ],
+        )
+        self._translate = self._method("Translate", pb.TranslateResponse)
+        self._model_info = self._method("GetModelInfo", pb.GetModelInfoResponse)
+        self._translate_stream: Any = self._channel.unary_stream(
+            f"/{_SERVICE}/TranslateStream",
+            request_serializer=_serialize,
+            response_deserializer=pb.TranslateStreamResponse.FromString,
+        )
+        self._watch_health: Any = self._channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=_serialize,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    def _method(self, name: str, response: type[Message]) -> Any:
+        return self._channel.unary_unary(
+            f"/{_SERVICE}/{name}", request_serializer=_serialize, response_deserializer=response.FromString
+        )
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        *,
+        source_language: str = "",
+        target_language: str = "",
+        beam_size: int | None = None,
+        num_hypotheses: int | None = None,
+        length_penalty: float | None = None,
+        min_target_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> list[RemoteTranslation]:
+        """Translate texts; answers are in their order. Options left None take the server's defaults.
+
+        Args:
+            texts: any number up to the server's limit; they are admitted together or not at all.
+            source_language: empty for whatever the model translates.
+            target_language: likewise.
+            beam_size: hypotheses kept alive at each step; 1 decodes greedily.
+            num_hypotheses: returned for each text, best first; at most ``beam_size``.
+            length_penalty: score = log-probability / length^length_penalty.
+            min_target_tokens: the end-of-sentence token is not taken before so many.
+            max_target_tokens: a hypothesis ends at so many.
+            timeout_s: instead of the client's.
+
+        Raises:
+            InvalidRequestError: the request is out of bounds; names the field.
+            OverloadedError: the server had no room, at every try.
+            ShuttingDownError: the server is stopping, at every try.
+            DeadlineExceededError: no answer in time.
+            RemoteError: anything else, for example that there is no server.
+        """
+        request = _message(
+            pb.TranslateRequest,
+            texts=texts,
+            source_language=source_language,
+            target_language=target_language,
+            options=_options(beam_size, num_hypotheses, length_penalty, min_target_tokens, max_target_tokens),
+        )
+        response: pb.TranslateResponse = self._call(lambda left_s: self._translate(request, timeout=left_s), timeout_s)
+        return [_translation(text) for text in response.translations]
+
+    def translate_stream(
+        self,
+        text: str,
+        *,
+        source_language: str = "",
+        target_language: str = "",
+        length_penalty: float | None = None,
+        min_target_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[StreamedPiece]:
+        """Translate one text greedily and yield its pieces as they are decoded; the last one carries the whole translation.
+
+        Closing the iterator early cancels the call. It is tried again only while nothing has been yielded.
+
+        Args:
+            text: what to translate.
+            source_language: as for ``translate``, like the other options.
+            target_language: likewise.
+            length_penalty: likewise.
+            min_target_tokens: likewise.
+            max_target_tokens: likewise.
+            timeout_s: instead of the client's; of the whole stream.
+
+        Raises:
+            OnnxlateError: as ``translate``.
+        """
+        request = _message(
+            pb.TranslateStreamRequest,
+            text=text,
+            source_language=source_language,
+            target_language=target_language,
+            options=_options(None, None, length_penalty, min_target_tokens, max_target_tokens),
+        )
+
+        def first(left_s: float) -> tuple[Any, pb.TranslateStreamResponse]:
+            call = self._translate_stream(request, timeout=left_s)
+            return call, next(call)
+
+        call, response = self._call(first, timeout_s)
+        try:
+            while True:
+                translation = _translation(response.translation) if response.HasField("translation") else None
+                yield StreamedPiece(text_delta=response.text_delta, translation=translation)
+                try:
+                    response = next(call)
+                except StopIteration:
+                    return
+                except grpc.RpcError as error:
+                    raise error_of(call_of(error)) from error
+        finally:
+            call.cancel()
+
+    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
+        """What the server serves, and what it allows.
+
+        Raises:
+            OnnxlateError: as ``translate``.
+        """
+        request = pb.GetModelInfoRequest()
+        info: pb.GetModelInfoResponse = self._call(lambda left_s: self._model_info(request, timeout=left_s), timeout_s)
+        return ModelInfo(
+            name=info.model_name,
+            version=info.model_version,
+            server_version=info.server_version,
+            languages=tuple((pair.source, pair.target) for pair in info.languages),
+            precision=info.precision,
+            device=info.device,
+            max_texts_per_request=info.limits.max_texts_per_request,
+            max_source_tokens=info.limits.max_source_tokens,
+            max_target_tokens=info.limits.max_target_tokens,
+            max_beam_size=info.limits.max_beam_size,
+            max_request_s=info.limits.max_request_seconds,
+        )
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once the server is up and its model loaded.
+
+        Raises:
+            DeadlineExceededError: it was not within ``timeout_s``.
+            RemoteError: what answers there is not this service.
+        """
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+
+        def watch(left_s: float) -> None:
+            call = self._watch_health(request, timeout=left_s, wait_for_ready=True)
+            for response in call:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    call.cancel()
+                    return
+
+        try:
+            self._call(watch, timeout_s)
+        except DeadlineExceededError as error:
+            raise DeadlineExceededError(f"{self._target} was not ready within {timeout_s:g} s") from error
+
+    def _call(self, attempt: Callable[[float], _T], timeout_s: float | None) -> _T:
+        """Call ``attempt`` with the seconds left, again and again as the policy allows."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, not {timeout_s}")
+        left_s = timeout_s
+        ends_at_s = time.monotonic() + timeout_s
+        for attempts in itertools.count(1):
+            try:
+                return attempt(left_s)
+            except grpc.RpcError as error:
+                call = call_of(error)
+                wait_s = self._retry.wait_s(attempts, self._draw()) if attempts < self._retry.max_attempts else math.inf
+                wait_s = max(wait_s, server_wait_s(call))
+                left_s = ends_at_s - time.monotonic() - wait_s
+                if left_s <= 0:
+                    raise error_of(call) from error
+                self._sleep(wait_s)
+        raise AssertionError("itertools.count ends")
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _message(kind: type[_T], **fields: Any) -> _T:
+    try:
+        return kind(**fields)
+    except ValueError as error:  # a lone surrogate, or a number that the field cannot hold
+        raise InvalidRequestError("request", str(error)) from error
+
+
+def _options(
+    beam_size: int | None,
+    num_hypotheses: int | None,
+    length_penalty: float | None,
+    min_target_tokens: int | None,
+    max_target_tokens: int | None,
+) -> pb.DecodingOptions:
+    # The protocol's fields know presence: None leaves one unset.
+    return _message(
+        pb.DecodingOptions,
+        beam_size=beam_size,
+        num_hypotheses=num_hypotheses,
+        length_penalty=length_penalty,
+        min_target_tokens=min_target_tokens,
+        max_target_tokens=max_target_tokens,
+    )
+
+
+def _translation(text: pb.TranslatedText) -> RemoteTranslation:
+    return RemoteTranslation(
+        hypotheses=tuple(
+            RemoteHypothesis(
+                text=hypothesis.text,
+                score=hypothesis.score,
+                finish_reason=_FINISH_REASONS.get(hypothesis.finish_reason, "unknown"),
+                target_tokens=hypothesis.target_tokens,
+            )
+            for hypothesis in text.hypotheses
+        ),
+        source_tokens=text.source_tokens,
+        timings=TextTimings(
+            queue_s=text.timings.queue_seconds,
+            encode_s=text.timings.encode_seconds,
+            decode_s=text.timings.decode_seconds,
+            steps=text.timings.steps,
+            mean_rows_per_step=text.timings.mean_rows_per_step,
+        ),
+    )

@@ -1,0 +1,90 @@
+"""The attention caches of one lane, in host memory.
+
+Knows arrays and positions; does not know the runtime, search, sequences or time. The decoder graph writes each row's new key
+and value in place; everything else that ever changes a cache is a method here.
+
+Axes: tensors are key and value of layer 0, of layer 1, and so on. Row = slot * width + beam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from serving.search import Fork
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGeometry:
+    """What a model's caches look like, whatever the lane."""
+
+    # Keys and values of all decoder layers.
+    num_tensors: int
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike = np.float32
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one position of one row takes, in all tensors."""
+        return self.num_tensors * self.num_heads * self.head_dim * np.dtype(self.dtype).itemsize
+
+
+class LaneCache:
+    """Self-attention cache of every row and cross-attention cache of every source of a lane.
+
+    Memory is reserved for all slots at once and taken from the system page by page as positions are first written, so that
+    a lane costs what was used of it.
+    """
+
+    def __init__(
+        self, geometry: CacheGeometry, *, num_slots: int, width: int, target_capacity: int, source_capacity: int
+    ) -> None:
+        self.geometry = geometry
+        self.width = width
+        self.target_capacity = target_capacity
+        self.source_capacity = source_capacity
+        g = geometry
+        # Zeros, not garbage: what lies beyond a row's length is masked by adding to its score, and must be finite for that.
+        self.self_attention: NDArray[np.floating] = np.zeros(
+            (g.num_tensors, num_slots * width, g.num_heads, target_capacity, g.head_dim), g.dtype
+        )
+        self.cross_attention: NDArray[np.floating] = np.zeros(
+            (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype
+        )
+        self.source_lengths: NDArray[np.int32] = np.ones(num_slots, np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self.self_attention.nbytes + self.cross_attention.nbytes
+
+    def write_source(self, slot: int, encoded: NDArray[np.floating], length: int) -> None:
+        """Store a source's cross-attention keys and values: encoded [tensors, heads, at least length, head_dim]."""
+        self.cross_attention[:, slot, :, :length] = encoded[:, :, :length]
+        self.source_lengths[slot] = length
+
+    def copy_rows(self, forks: Iterable[Fork]) -> None:
+        """Give a hypothesis' past to a row that goes on from it."""
+        for fork in forks:
+            at = slice(fork.start, fork.stop)
+            self.self_attention[:, fork.to_row, :, at] = self.self_attention[:, fork.from_row, :, at]
+
+    def move_source(self, from_slot: int, to_slot: int, num_positions: int) -> None:
+        """Move a source and the first ``num_positions`` of its rows into a slot that is free."""
+        length = int(self.source_lengths[from_slot])
+        self.cross_attention[:, to_slot, :, :length] = self.cross_attention[:, from_slot, :, :length]
+        self.source_lengths[to_slot] = length
+        from_rows = slice(from_slot * self.width, (from_slot + 1) * self.width)
+        to_rows = slice(to_slot * self.width, (to_slot + 1) * self.width)
+        self.self_attention[:, to_rows, :, :num_positions] = self.self_attention[:, from_rows, :, :num_positions]
+
+    def grow_target(self, target_capacity: int, num_slots_used: int) -> None:
+        """Make room for longer targets; keeps the rows of the first ``num_slots_used`` slots. The array is a new one."""
+        old, rows = self.self_attention, num_slots_used * self.width
+        grown = np.zeros((*old.shape[:3], target_capacity, old.shape[4]), old.dtype)
+        grown[:, :rows, :, : self.target_capacity] = old[:, :rows]
+        self.self_attention = grown
+        self.target_capacity = target_capacity

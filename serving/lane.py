@@ -1,0 +1,167 @@
+"""A lane: sources of one beam width that step together, one decoder call for all their rows.
+
+Knows which sequence has which slot, and keeps search, caches and the bound decoder in step with each other. Does not know
+queues, threads, rpc or what a token means.
+
+Slots 0 .. n-1 are in use. When a source leaves, the last one moves into its slot, so a step never runs a dead row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.kv_cache import LaneCache
+from serving.errors import EngineError
+from serving.request import Hypothesis, Outcome, Sequence
+from serving.search import LaneSearch, make_lane_search
+from serving.session import LaneDecoder, ModelSession
+
+# Positions of a new lane's self-attention cache; it doubles when a target outgrows it.
+_FIRST_TARGET_CAPACITY = 64
+_SMALLEST_SOURCE_CAPACITY = 32
+
+
+def source_capacity(length: int) -> int:
+    """The bucket of a source: the power of two that holds it, at least 32. A lane pads its sources to its bucket."""
+    return max(_SMALLEST_SOURCE_CAPACITY, 1 << (length - 1).bit_length())
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sequence that has a slot."""
+
+    sequence: Sequence
+    # The clock, and the lane's counters, when it joined.
+    joined_at_s: float
+    steps_before: int
+    rows_before: int
+
+
+class Lane:
+    """Sources that step together."""
+
+    def __init__(
+        self, session: ModelSession, *, width: int, source_capacity: int, max_rows: int, clock: Callable[[], float]
+    ) -> None:
+        """An empty lane.
+
+        Args:
+            session: whose decoder steps it.
+            width: beam width of its sources.
+            source_capacity: tokens of its longest possible source.
+            max_rows: rows at most; a lane has max_rows // width slots.
+            clock: monotonic seconds.
+        """
+        num_slots = max_rows // width
+        self.width = width
+        self._search: LaneSearch = make_lane_search(width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id)
+        self.cache = LaneCache(
+            session.geometry,
+            num_slots=num_slots,
+            width=width,
+            target_capacity=_FIRST_TARGET_CAPACITY,
+            source_capacity=source_capacity,
+        )
+        self._decoder: LaneDecoder = session.bind(
+            self.cache,
+            self._search.next_ids,
+            self._search.num_tokens,
+            min(self._search.num_candidates, session.max_candidates),
+        )
+        self._clock = clock
+        self._running: list[_Running] = []
+        self._steps = 0
+        self._rows_stepped = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the next step runs."""
+        return len(self._running) * self.width
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Of each slot."""
+        return [running.sequence for running in self._running]
+
+    @property
+    def fresh(self) -> list[Sequence]:
+        """Sequences that have no token yet."""
+        return [running.sequence for running in self._running if running.steps_before == self._steps]
+
+    def add(self, sequence: Sequence, encoded: NDArray[np.floating]) -> None:
+        """Give a source the next slot: encoded is its own [tensors, heads, at least its length, head_dim]."""
+        slot = len(self._running)
+        self.cache.write_source(slot, encoded, len(sequence.source_ids))
+        self._search.add(slot, sequence.options)
+        self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped))
+
+    def step(self) -> list[tuple[Sequence, Outcome]]:
+        """Decode one token of every row; a sequence that is done leaves.
+
+        Returns:
+            The sequences that are done, and what came of them.
+
+        Raises:
+            EngineError: the runtime failed; the lane cannot be used any more.
+        """
+        num_sources = len(self._running)
+        self._make_room(int(self._search.num_tokens[:num_sources].max()) + 1)
+        candidate_ids, candidate_log_probs = self._decoder.step(num_sources)
+        advance = self._search.advance(num_sources, candidate_ids, candidate_log_probs)
+        self.cache.copy_rows(advance.forks)
+        self._steps += 1
+        self._rows_stepped += num_sources * self.width
+        for slot, running in enumerate(self._running):
+            if running.sequence.on_token is not None:
+                running.sequence.on_token(self._search.last_token(slot))
+        hypotheses = [self._search.hypotheses(slot) for slot in advance.finished]
+        left = self._free(advance.finished)
+        return [(sequence, _outcome(sequence, best)) for sequence, best in zip(left, hypotheses, strict=True)]
+
+    def drop(self, reason_to_leave: Callable[[Sequence], Exception | None]) -> list[tuple[Sequence, Outcome]]:
+        """Take out the sequences that have a reason to leave, in the middle of their decoding."""
+        reasons = [reason_to_leave(running.sequence) for running in self._running]
+        slots = [slot for slot, reason in enumerate(reasons) if reason is not None]
+        return [
+            (sequence, Outcome(timings=sequence.timings, error=reasons[slot]))
+            for slot, sequence in zip(slots, self._free(slots), strict=True)
+        ]
+
+    def _free(self, slots: list[int]) -> list[Sequence]:
+        """Empty the slots, given in ascending order, and close the gaps; returns their sequences in the same order."""
+        now_s = self._clock()
+        left: list[Sequence] = []
+        for slot in reversed(slots):
+            running = self._running[slot]
+            timings = running.sequence.timings
+            timings.decode_s = now_s - running.joined_at_s
+            timings.steps = self._steps - running.steps_before
+            timings.mean_rows_per_step = (self._rows_stepped - running.rows_before) / max(1, timings.steps)
+            left.append(running.sequence)
+            last = len(self._running) - 1
+            if slot != last:
+                self.cache.move_source(last, slot, int(self._search.num_tokens[last].max()))
+                self._search.move(last, slot)
+                self._running[slot] = self._running[last]
+            self._running.pop()
+        return left[::-1]
+
+    def _make_room(self, positions: int) -> None:
+        """Grow the self-attention cache when the next step would not fit."""
+        if positions > self.cache.target_capacity:
+            capacity = 2 * self.cache.target_capacity
+            self.cache.grow_target(capacity, len(self._running))
+            self._search.grow(capacity)
+            self._decoder.rebind()
+
+
+def _outcome(sequence: Sequence, hypotheses: tuple[Hypothesis, ...]) -> Outcome:
+    """Hypotheses as they are, unless the model's probabilities were not numbers: that is no translation."""
+    if not hypotheses or not all(math.isfinite(h.score) for h in hypotheses):
+        return Outcome(timings=sequence.timings, error=EngineError("the model's probabilities are not finite numbers"))
+    return Outcome(hypotheses=hypotheses, timings=sequence.timings)

@@ -1,0 +1,117 @@
+"""What every search of a lane has in common: its contract, and the state that the decoder step reads.
+
+Knows slots, rows and options; does not know how a token is chosen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.request import DecodingOptions, Hypothesis
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A hypothesis goes on in a second row: copy its cached positions there. Rows are ``slot * width + beam``."""
+
+    from_row: int
+    to_row: int
+    # Positions [start, stop) are copied; before start the two rows hold the same already.
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a step led to."""
+
+    # Slots that are done, ascending. They are the caller's to free.
+    finished: list[int]
+    # Of the slots that go on. No row is written by one and read or written by another, so that their order is free.
+    forks: list[Fork]
+
+
+class LaneSearch(ABC):
+    """The decoding state of all sources of a lane, which have one beam width and step together.
+
+    State lives in arrays indexed by slot; slots 0 to n-1 are in use. A step of the lane is::
+
+        run the decoder on next_ids and num_tokens of slots 0..n-1
+        outcome = search.advance(n, candidate_ids, candidate_log_probs)
+        copy outcome.forks in the caches
+        take the hypotheses of outcome.finished, then free each such slot: move the last slot into it
+
+    What becomes of a slot depends on that slot's candidates and options alone, to the last bit.
+
+    Attributes:
+        width: beams of each source, W.
+        num_candidates: next tokens of each row that a step hands in, K; fewer only if the vocabulary is smaller (two at least).
+        next_ids: int64 [slots, W], what the next decoder step reads. The same array for life: bind it by address.
+        num_tokens: int32 [slots, W], tokens decoded so far, which is the position of next_ids; one value for all beams of a
+            slot. The same array for life.
+        tokens: int32 [slots, W, capacity], the tokens decoded so far by each row; the start token is not among them.
+    """
+
+    def __init__(
+        self, width: int, num_slots: int, capacity_tokens: int, eos_id: int, decoder_start_id: int, *, num_candidates: int
+    ) -> None:
+        self.width = width
+        self.num_candidates = num_candidates
+        self.next_ids: NDArray[np.int64] = np.full((num_slots, width), decoder_start_id, np.int64)
+        self.num_tokens: NDArray[np.int32] = np.zeros((num_slots, width), np.int32)
+        self.tokens: NDArray[np.int32] = np.zeros((num_slots, width, capacity_tokens), np.int32)
+        self._eos_id = eos_id
+        self._decoder_start_id = decoder_start_id
+        self._options = [DecodingOptions(beam_size=width)] * num_slots
+        # [slots]
+        self._min_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+        self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+
+    def add(self, slot: int, options: DecodingOptions) -> None:
+        """Start a source in a slot that is free."""
+        assert options.beam_size == self.width, "a lane holds one beam width"
+        self.next_ids[slot] = self._decoder_start_id
+        self.num_tokens[slot] = 0
+        self._options[slot] = options
+        self._min_tokens[slot] = options.min_target_tokens
+        self._max_tokens[slot] = options.max_target_tokens
+
+    @abstractmethod
+    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+        """Take one more token in each of the slots 0 to num_slots - 1.
+
+        Args:
+            num_slots: slots in use.
+            candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first.
+            candidate_log_probs: [num_slots, W, K], the logarithm of their probability over the whole vocabulary.
+        """
+
+    @abstractmethod
+    def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
+        """What a finished slot came to: num_hypotheses of them, best first. Fewer only if no more sequences are possible."""
+
+    def last_token(self, slot: int) -> int:
+        """The token that the last step took, for streaming.
+
+        Raises:
+            TypeError: the lane has beams, which commit to nothing before the end.
+        """
+        raise TypeError(f"a search of {self.width} beams commits to no token before its end")
+
+    def move(self, from_slot: int, to_slot: int) -> None:
+        """Move a source into a slot that is free."""
+        for array in (self.next_ids, self.num_tokens, self._min_tokens, self._max_tokens):
+            array[to_slot] = array[from_slot]
+        length = int(self.num_tokens[from_slot, 0])
+        self.tokens[to_slot, :, :length] = self.tokens[from_slot, :, :length]
+        self._options[to_slot] = self._options[from_slot]
+
+    def grow(self, capacity_tokens: int) -> None:
+        """Make room for longer targets, as the caches do. ``tokens`` is a new array."""
+        grown = np.zeros((*self.tokens.shape[:2], capacity_tokens), np.int32)
+        grown[:, :, : self.tokens.shape[2]] = self.tokens
+        self.tokens = grown

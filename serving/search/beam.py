@@ -1,0 +1,204 @@
+"""Beam search over rows that keep their place.
+
+Knows cumulated log-probabilities, rows and which rows share a prefix; does not know the caches' arrays.
+
+Which hypotheses live, end and win follows `_beam_search` of Hugging Face transformers (generation/utils.py, since 4.50) with
+``early_stopping=False``. Where they live is our own: no cache is ever reordered.
+
+A step, worked through. Width 4; the decoder has just read position 3, so 4 positions are cached. What the rows hold
+(position 0 is the start token), and the best four continuations:
+
+    row 0   <s> the black dog          rank 0   row 0 + "runs"
+    row 1   <s> the black cat          rank 1   row 2 + "is"
+    row 2   <s> a   dog   that         rank 2   row 0 + "sits"
+    row 3   <s> the dog   that         rank 3   row 0 + "is"
+
+Row 0 has three children, row 2 has one, rows 1 and 3 have none: they are dead. The best child of a row stays in it, at no
+cost: "runs" in row 0, "is" in row 2. The other children, in the order of their rank, take the dead rows in the order of
+theirs: "sits" goes to row 1, "is" to row 3. A row that takes over a hypothesis needs its past, but not all of it: rows 0
+and 1 agree on positions 0 to 2 ("<s> the black"), rows 0 and 3 on positions 0 and 1:
+
+    Fork(from_row=0, to_row=1, start=3, stop=4)
+    Fork(from_row=0, to_row=3, start=2, stop=4)
+
+How far any two rows agree is kept in ``shared`` [W, W], which says here shared[0, 1] = 3, shared[0, 3] = 2. For the rows
+after the step it is read off the rows before: children of different parents agree as far as the parents do, children of
+one parent in all that is cached. With the diagonal set to the number of cached positions these are one rule,
+shared'[a, b] = shared[origin[a], origin[b]], where origin = [0, 0, 2, 0] is the row that each row's hypothesis came from.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.request import DecodingOptions, FinishReason, Hypothesis
+from serving.search.base import Advance, Fork, LaneSearch
+
+
+@dataclass(frozen=True, slots=True)
+class _Continuations:
+    """Hypotheses made longer by one token, best first: arrays [slots, how many]."""
+
+    # Cumulated log-probabilities; -inf where there is no such continuation.
+    scores: NDArray[np.float64]
+    ids: NDArray[np.int64]
+    # Beam (row of the slot) that each one goes on from.
+    parents: NDArray[np.intp]
+
+
+class BeamSearch(LaneSearch):
+    """Width W above 1.
+
+    At each step the best 2W continuations are looked at. The best W of them that do not stop run on. Those that stop (at the
+    end-of-sentence token, or all at max_target_tokens) and are among the best W are kept, the best W of the whole search. A
+    source is done when W are kept and the best running hypothesis, scored at its present length, is no better than the worst
+    of them.
+
+    So every step that leaves out a continuation keeps or runs W others, and each that runs leads to one kept at least: never
+    fewer than W hypotheses in the end, unless there are fewer sequences.
+    """
+
+    def __init__(self, width: int, num_slots: int, capacity_tokens: int, eos_id: int, decoder_start_id: int) -> None:
+        # 2W are looked at, and the end-of-sentence token may have to be passed over.
+        super().__init__(width, num_slots, capacity_tokens, eos_id, decoder_start_id, num_candidates=2 * width + 1)
+        # [slots, W], of the hypothesis in each row; -inf: none.
+        self._scores: NDArray[np.float64] = np.full((num_slots, width), -np.inf)
+        # [slots, W, W], cached positions from 0 on that two rows of a slot have in common.
+        self._shared: NDArray[np.int32] = np.zeros((num_slots, width, width), np.int32)
+        # Best first, at most W.
+        self._kept: list[list[Hypothesis]] = [[] for _ in range(num_slots)]
+        # [slots], score of the last of W kept; -inf while there are fewer.
+        self._worst_kept: NDArray[np.float64] = np.full(num_slots, -np.inf)
+        self._slots = np.arange(num_slots)[:, None]
+        self._beams = np.arange(width)
+        self._is_better_rank: NDArray[np.bool_] = self._beams < self._beams[:, None]
+
+    def add(self, slot: int, options: DecodingOptions) -> None:
+        """Start a source in a slot that is free."""
+        super().add(slot, options)
+        self._scores[slot] = -np.inf
+        self._scores[slot, 0] = 0.0
+        # Every row reads the start token at position 0.
+        self._shared[slot] = 1
+        self._kept[slot] = []
+        self._worst_kept[slot] = -np.inf
+
+    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+        """Take one more token in each of the slots 0 to num_slots - 1; see `LaneSearch.advance`."""
+        # With the token that is now taken; also the number of positions that are cached by now.
+        lengths = self.num_tokens[:num_slots, 0] + 1
+        at_limit = lengths >= self._max_tokens[:num_slots]
+        best = self._best_continuations(candidate_ids, candidate_log_probs)
+        stops = (best.ids == self._eos_id) | at_limit[:, None]
+        self._keep(best, stops)
+        running = self._best_running(best, stops)
+        done = at_limit | ~self._can_improve(running.scores[:, 0], lengths)
+        forks = self._place(running, lengths, done)
+        return Advance(np.flatnonzero(done).tolist(), forks)
+
+    def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
+        """The best of a finished slot; see `LaneSearch.hypotheses`."""
+        return tuple(self._kept[slot][: self._options[slot].num_hypotheses])
+
+    def move(self, from_slot: int, to_slot: int) -> None:
+        """Move a source into a slot that is free."""
+        super().move(from_slot, to_slot)
+        for array in (self._scores, self._shared, self._worst_kept):
+            array[to_slot] = array[from_slot]
+        self._kept[to_slot] = self._kept[from_slot]
+
+    def _best_continuations(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> _Continuations:
+        """The best 2W of each slot; among equals the lower row, then the earlier candidate is first."""
+        n, width, num_candidates = ids.shape
+        scores = self._scores[:n, :, None] + log_probs
+        too_early = self.num_tokens[:n, 0] < self._min_tokens[:n]
+        if too_early.any():
+            scores[too_early[:, None, None] & (ids == self._eos_id)] = -np.inf
+        scores = scores.reshape(n, width * num_candidates)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * width]
+        flat = order + self._slots[:n] * (width * num_candidates)
+        return _Continuations(scores.take(flat), ids.take(flat), order // num_candidates)
+
+    def _best_running(self, best: _Continuations, stops: NDArray[np.bool_]) -> _Continuations:
+        """The best W that do not stop. At the limit, where all do, it does not matter what they are."""
+        # There are W: a row has one end-of-sentence continuation, W rows have W, and 2W are looked at. Stable: best first still.
+        order = np.argsort(stops, axis=1, kind="stable")[:, : self.width]
+        flat = order + self._slots[: len(stops)] * stops.shape[1]
+        return _Continuations(best.scores.take(flat), best.ids.take(flat), best.parents.take(flat))
+
+    def _keep(self, best: _Continuations, stops: NDArray[np.bool_]) -> None:
+        """Keep what stops among the best W."""
+        w = self.width
+        slots, ranks = np.nonzero(stops[:, :w] & (best.scores[:, :w] > -np.inf))
+        for slot, rank in zip(slots.tolist(), ranks.tolist(), strict=True):
+            kept = self._kept[slot]
+            length = int(self.num_tokens[slot, 0]) + 1
+            score = float(best.scores[slot, rank]) / length ** self._options[slot].length_penalty
+            if score <= self._worst_kept[slot]:
+                continue
+            ids = self.tokens[slot, best.parents[slot, rank], : length - 1].tolist()
+            token = int(best.ids[slot, rank])
+            reason = FinishReason.EOS
+            if token != self._eos_id:
+                reason = FinishReason.LENGTH
+                ids.append(token)
+            hypothesis = Hypothesis(target_ids=tuple(ids), score=score, finish_reason=reason, target_tokens=length)
+            bisect.insort(kept, hypothesis, key=lambda other: -other.score)
+            del kept[w:]
+            if len(kept) == w:
+                self._worst_kept[slot] = kept[-1].score
+
+    def _can_improve(self, best_running: NDArray[np.float64], lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Whether a hypothesis still runs, [slots], and would be kept if it ended now."""
+        can = best_running > -np.inf
+        # The power is taken one by one: a vectorized one may round differently with the place in the array.
+        for slot in np.flatnonzero(self._worst_kept[: len(can)] > -np.inf).tolist():
+            score = float(best_running[slot]) / int(lengths[slot]) ** self._options[slot].length_penalty
+            can[slot] = score > self._worst_kept[slot]
+        return can
+
+    def _place(self, running: _Continuations, lengths: NDArray[np.int32], done: NDArray[np.bool_]) -> list[Fork]:
+        """Give each running hypothesis a row: the worked example above."""
+        n = len(lengths)
+        slots, parents = self._slots[:n], running.parents
+        self._shared[:n, self._beams, self._beams] = lengths[:, None]
+        # [slots, W], of the children that have a better sibling.
+        is_extra = ((parents[:, :, None] == parents[:, None, :]) & self._is_better_rank).any(axis=2)
+        is_dead = np.ones(parents.shape, np.bool_)
+        is_dead[slots, parents] = False
+        rows = parents.copy()
+        # As many children are extra as rows are dead, in each slot, and both masks are read slot by slot.
+        rows[is_extra] = np.nonzero(is_dead)[1]
+        forks = self._fork(np.nonzero(is_extra)[0], parents[is_extra], rows[is_extra], lengths, done)
+
+        origins = np.empty_like(parents)
+        origins[slots, rows] = parents
+        self._shared[:n] = self._shared[slots[:, :, None], origins[:, :, None], origins[:, None, :]]
+        self._scores[slots, rows] = running.scores
+        self.next_ids[slots, rows] = running.ids
+        self.tokens[slots, rows, lengths[:, None] - 1] = running.ids
+        self.num_tokens[:n] = lengths[:, None]
+        return forks
+
+    def _fork(
+        self,
+        slots: NDArray[np.intp],
+        from_beams: NDArray[np.intp],
+        to_beams: NDArray[np.intp],
+        lengths: NDArray[np.int32],
+        done: NDArray[np.bool_],
+    ) -> list[Fork]:
+        """Copy the tokens of hypotheses that go on in a second row; say what to copy in the caches. Slots and beams: [forks]."""
+        if not len(slots):
+            return []
+        starts, stops = self._shared[slots, from_beams, to_beams], lengths[slots]
+        longest = int(stops.max()) - 1
+        self.tokens[slots, to_beams, :longest] = self.tokens[slots, from_beams, :longest]
+        is_needed = (starts < stops) & ~done[slots]
+        first_rows = slots * self.width
+        columns = (first_rows + from_beams, first_rows + to_beams, starts, stops)
+        return [Fork(*fork) for fork in zip(*(column[is_needed].tolist() for column in columns), strict=True)]

@@ -1,0 +1,65 @@
+"""Greedy search: the best token at each step.
+
+Knows one row for each source; does not know beams.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.request import DecodingOptions, FinishReason, Hypothesis
+from serving.search.base import Advance, LaneSearch
+
+
+class GreedySearch(LaneSearch):
+    """Width 1: a source ends at its end-of-sentence token, or at max_target_tokens."""
+
+    def __init__(self, width: int, num_slots: int, capacity_tokens: int, eos_id: int, decoder_start_id: int) -> None:
+        # The second candidate stands in for an end-of-sentence token that comes too early.
+        super().__init__(width, num_slots, capacity_tokens, eos_id, decoder_start_id, num_candidates=2)
+        self._slots = np.arange(num_slots)
+        # [slots], sum of the log-probabilities so far.
+        self._scores: NDArray[np.float64] = np.zeros(num_slots)
+
+    def add(self, slot: int, options: DecodingOptions) -> None:
+        """Start a source in a slot that is free."""
+        super().add(slot, options)
+        self._scores[slot] = 0.0
+
+    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+        """Take one more token in each of the slots 0 to num_slots - 1; see `LaneSearch.advance`."""
+        n = num_slots
+        positions = self.num_tokens[:n, 0]
+        ids, log_probs = candidate_ids[:, 0, 0], candidate_log_probs[:, 0, 0]
+        ends = ids == self._eos_id
+        too_early = ends & (positions < self._min_tokens[:n])
+        if too_early.any():
+            ids = np.where(too_early, candidate_ids[:, 0, 1], ids)
+            log_probs = np.where(too_early, candidate_log_probs[:, 0, 1], log_probs)
+            ends &= ~too_early
+        self.tokens[self._slots[:n], 0, positions] = ids
+        self.next_ids[:n, 0] = ids
+        self._scores[:n] += log_probs
+        self.num_tokens[:n] += 1
+        return Advance(np.flatnonzero(ends | (self.num_tokens[:n, 0] >= self._max_tokens[:n])).tolist(), [])
+
+    def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
+        """The one hypothesis of a finished slot."""
+        length = int(self.num_tokens[slot, 0])
+        ids = self.tokens[slot, 0, :length].tolist()
+        reason = FinishReason.LENGTH
+        if ids[-1] == self._eos_id:
+            reason = FinishReason.EOS
+            ids.pop()
+        score = float(self._scores[slot]) / length ** self._options[slot].length_penalty
+        return (Hypothesis(target_ids=tuple(ids), score=score, finish_reason=reason, target_tokens=length),)
+
+    def last_token(self, slot: int) -> int:
+        """The token that the last step took; the end-of-sentence token too."""
+        return int(self.next_ids[slot, 0])
+
+    def move(self, from_slot: int, to_slot: int) -> None:
+        """Move a source into a slot that is free."""
+        super().move(from_slot, to_slot)
+        self._scores[to_slot] = self._scores[from_slot]

@@ -1,0 +1,175 @@
+"""Messages to commands and back.
+
+Knows the protocol's messages and the call's deadline; does not know how a translation is made, nor status codes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from serving.errors import OnnxlateError
+from serving.pb import translation_pb2 as pb
+from serving.pb import translation_pb2_grpc as pb_grpc
+from serving.preparation import ModelDescription, RequestOptions, TextHypothesis, Translation
+from serving.request import FinishReason
+from serving.translator import StreamCommand, StreamPiece, TranslateCommand, Translator
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_FINISH_REASONS = {
+    FinishReason.EOS: pb.FINISH_REASON_EOS,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class ModelLoadingError(OnnxlateError):
+    """The port is open, but the model is not there yet."""
+
+
+class TranslationServicer(pb_grpc.TranslationServicer):
+    """The Translation service. It answers once ``serve`` was called; until then ModelLoadingError."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """A servicer without a model yet."""
+        self._clock = clock
+        self._translator: Translator | None = None
+        self._description: ModelDescription | None = None
+
+    def serve(self, translator: Translator, description: ModelDescription) -> None:
+        """From now on answer with this."""
+        self._translator = translator
+        self._description = description
+
+    def _ready(self) -> Translator:
+        if self._translator is None:
+            raise ModelLoadingError("the model is still loading")
+        return self._translator
+
+    async def Translate(self, request: pb.TranslateRequest, context: Context) -> pb.TranslateResponse:
+        """See translation.proto."""
+        translator = self._ready()
+        started_at_s = self._clock()
+        command = TranslateCommand(
+            texts=request.texts,
+            source_language=request.source_language,
+            target_language=request.target_language,
+            options=_options(request.options),
+            deadline_s=self._deadline_s(context, translator),
+        )
+        translations = await translator.translate(command)
+        return pb.TranslateResponse(
+            translations=[_translated_text(translation) for translation in translations],
+            timings=pb.RequestTimings(
+                total_seconds=self._clock() - started_at_s,
+                queue_seconds=max(t.timings.queue_s for t in translations),
+                encode_seconds=max(t.timings.encode_s for t in translations),
+                decode_seconds=max(t.timings.decode_s for t in translations),
+            ),
+        )
+
+    async def TranslateStream(
+        self, request: pb.TranslateStreamRequest, context: Context
+    ) -> AsyncGenerator[pb.TranslateStreamResponse, None]:
+        """See translation.proto."""
+        translator = self._ready()
+        command = StreamCommand(
+            text=request.text,
+            source_language=request.source_language,
+            target_language=request.target_language,
+            options=_options(request.options),
+            deadline_s=self._deadline_s(context, translator),
+        )
+        async with aclosing(translator.stream(command)) as pieces:
+            async for piece in pieces:
+                yield _stream_response(piece)
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        """See translation.proto."""
+        preparer = self._ready().preparer
+        description = self._description
+        assert description is not None
+        # max_target_tokens has no single default: it follows each text's length.
+        default = preparer.decoding_options(RequestOptions(), 0)
+        return pb.GetModelInfoResponse(
+            model_name=description.name,
+            model_version=description.version,
+            server_version=description.server_version,
+            languages=[pb.LanguagePair(source=source, target=target) for source, target in preparer.languages],
+            precision=description.precision,
+            device=description.device,
+            limits=pb.Limits(
+                max_texts_per_request=preparer.limits.max_texts_per_request,
+                max_source_tokens=preparer.limits.max_source_tokens,
+                max_target_tokens=preparer.limits.max_target_tokens,
+                max_beam_size=preparer.limits.max_beam_size,
+                max_request_seconds=preparer.limits.max_request_s,
+            ),
+            default_options=pb.DecodingOptions(
+                beam_size=default.beam_size,
+                num_hypotheses=default.num_hypotheses,
+                length_penalty=default.length_penalty,
+                min_target_tokens=default.min_target_tokens,
+            ),
+        )
+
+    def _deadline_s(self, context: Context, translator: Translator) -> float:
+        """When this call is over, in monotonic seconds.
+
+        ``time_remaining`` follows the wall clock, which may jump, so it is read once. A Python client's ``timeout=0`` arrives as
+        no deadline at all; the server has a longest request of its own.
+        """
+        longest_s = translator.preparer.limits.max_request_s
+        # None without a deadline, whatever the stubs say.
+        remaining_s: float | None = context.time_remaining()
+        return self._clock() + (longest_s if remaining_s is None else min(remaining_s, longest_s))
+
+
+def _options(options: pb.DecodingOptions) -> RequestOptions:
+    def value(name: str) -> Any:
+        return getattr(options, name) if options.HasField(name) else None
+
+    return RequestOptions(
+        beam_size=value("beam_size"),
+        num_hypotheses=value("num_hypotheses"),
+        length_penalty=value("length_penalty"),
+        min_target_tokens=value("min_target_tokens"),
+        max_target_tokens=value("max_target_tokens"),
+    )
+
+
+def _translated_text(translation: Translation) -> pb.TranslatedText:
+    timings = translation.timings
+    return pb.TranslatedText(
+        hypotheses=[_hypothesis(hypothesis) for hypothesis in translation.hypotheses],
+        source_tokens=translation.source_tokens,
+        timings=pb.TextTimings(
+            queue_seconds=timings.queue_s,
+            encode_seconds=timings.encode_s,
+            decode_seconds=timings.decode_s,
+            steps=timings.steps,
+            mean_rows_per_step=timings.mean_rows_per_step,
+        ),
+    )
+
+
+def _hypothesis(hypothesis: TextHypothesis) -> pb.Hypothesis:
+    return pb.Hypothesis(
+        text=hypothesis.text,
+        score=hypothesis.score,
+        finish_reason=_FINISH_REASONS[hypothesis.finish_reason],
+        target_tokens=hypothesis.target_tokens,
+    )
+
+
+def _stream_response(piece: StreamPiece) -> pb.TranslateStreamResponse:
+    response = pb.TranslateStreamResponse(text_delta=piece.text_delta)
+    if piece.translation is not None:
+        response.translation.CopyFrom(_translated_text(piece.translation))
+    return response

@@ -1,0 +1,245 @@
+"""Text in, translations out: where text stops.
+
+Knows the preparer, the engine's narrow face and the event loop it answers on; does not know messages, gRPC, graphs or scheduling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from serving.errors import DeadlineExceededError
+from serving.mailbox import Mailbox
+from serving.preparation import BLANK, RequestOptions, TextPreparer, Translation
+from serving.request import Outcome, Sequence
+from serving.tokenizer import StreamingDetokenizer
+
+# Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
+_SLICE_S = 0.002
+
+
+class DecodingEngine(Protocol):
+    """What the translator needs of the engine. None of it blocks."""
+
+    def submit(self, sequences: Sequence_[Sequence]) -> None:
+        """Admit all of them or none; raises OverloadedError or ShuttingDownError."""
+
+    def cancel(self, sequences: Sequence_[Sequence]) -> None:
+        """Nobody waits for these any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TranslateCommand:
+    """Translate these texts."""
+
+    texts: Sequence_[str]
+    # Empty: whatever the model translates.
+    source_language: str = ""
+    target_language: str = ""
+    options: RequestOptions = field(default_factory=RequestOptions)
+    # Monotonic seconds.
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCommand:
+    """Translate this text and tell it as it is decoded."""
+
+    text: str
+    source_language: str = ""
+    target_language: str = ""
+    options: RequestOptions = field(default_factory=RequestOptions)
+    # Monotonic seconds.
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPiece:
+    """A piece of a streamed translation."""
+
+    # To append to what came before; never taken back.
+    text_delta: str
+    # In the last piece only.
+    translation: Translation | None = None
+
+
+class Translator:
+    """Answers commands on one event loop. Everything is validated before the engine sees any of it."""
+
+    def __init__(
+        self,
+        preparer: TextPreparer,
+        engine: DecodingEngine,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A translator whose methods are awaited on ``loop``."""
+        self.preparer = preparer
+        self._engine = engine
+        self._loop = loop
+        self._mailbox = Mailbox(loop)
+        self._clock = clock
+
+    async def translate(self, command: TranslateCommand) -> list[Translation]:
+        """Translate every text of ``command``, answers in its order.
+
+        When this is cancelled, or one text fails, the engine is told to drop the others.
+
+        Raises:
+            InvalidRequestError: the request is out of bounds; the engine has seen nothing of it.
+            OverloadedError: no room; none of the texts was admitted.
+            ShuttingDownError: no more requests are admitted.
+            DeadlineExceededError: the deadline passed.
+            EngineError: a graph failed.
+        """
+        arrived_at_s = self._clock()
+        preparer = self.preparer
+        preparer.check_languages(command.source_language, command.target_language)
+        preparer.check_options(command.options)
+        preparer.check_count(len(command.texts))
+        turn = _Turn(self._clock)
+        sources = []
+        for index, text in enumerate(command.texts):
+            sources.append(preparer.source_ids(text, f"texts[{index}]"))
+            await turn.over()
+        self._check_time(command.deadline_s)
+
+        answers = _Answers(self._loop, [index for index, source in enumerate(sources) if source])
+        sequences = {
+            index: preparer.sequence(
+                sources[index],
+                command.options,
+                arrived_at_s=arrived_at_s,
+                expires_at_s=command.deadline_s,
+                on_outcome=partial(self._deliver, answers, index),
+            )
+            for index in answers.awaited
+        }
+        await self._decode(sequences, answers)
+
+        translations = []
+        for index, source in enumerate(sources):
+            translations.append(preparer.translation(len(source), answers.outcomes[index]) if source else BLANK)
+            await turn.over()
+        return translations
+
+    async def stream(self, command: StreamCommand) -> AsyncGenerator[StreamPiece, None]:
+        """Translate one text greedily, telling its text as it is decoded; the last piece carries the whole translation.
+
+        Close the iterator (``contextlib.aclosing``) when leaving it early: that drops the sequence from the engine.
+
+        Raises:
+            InvalidRequestError: as ``translate``, and for a beam.
+            OverloadedError, ShuttingDownError, DeadlineExceededError, EngineError: as ``translate``.
+        """
+        arrived_at_s = self._clock()
+        preparer = self.preparer
+        preparer.check_languages(command.source_language, command.target_language)
+        preparer.check_greedy(command.options)
+        source = preparer.source_ids(command.text, "text")
+        self._check_time(command.deadline_s)
+        if not source:
+            yield StreamPiece(text_delta="", translation=BLANK)
+            return
+
+        tokens = _Tokens()
+        sequence = preparer.sequence(
+            source,
+            command.options,
+            arrived_at_s=arrived_at_s,
+            expires_at_s=command.deadline_s,
+            on_outcome=lambda outcome: self._mailbox.post(partial(tokens.end, outcome)),
+            on_token=lambda token: self._mailbox.post(partial(tokens.add, token)),
+        )
+        detokenizer = StreamingDetokenizer(preparer.tokenizer)
+        self._engine.submit([sequence])
+        try:
+            while tokens.outcome is None:
+                await tokens.news.wait()
+                delta = "".join(detokenizer.push(token) for token in tokens.take() if token != preparer.eos_id)
+                if delta:
+                    yield StreamPiece(text_delta=delta)
+        finally:
+            if tokens.outcome is None:
+                self._engine.cancel([sequence])
+        if tokens.outcome.error is not None:
+            raise tokens.outcome.error
+        rest = "".join(detokenizer.push(token) for token in tokens.take() if token != preparer.eos_id) + detokenizer.finish()
+        yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome))
+
+    def _check_time(self, deadline_s: float) -> None:
+        if self._clock() >= deadline_s:
+            raise DeadlineExceededError("the deadline passed before the request was admitted")
+
+    def _deliver(self, answers: _Answers, index: int, outcome: Outcome) -> None:
+        self._mailbox.post(partial(answers.add, index, outcome))
+
+    async def _decode(self, sequences: dict[int, Sequence], answers: _Answers) -> None:
+        if not sequences:
+            return
+        self._engine.submit(list(sequences.values()))
+        try:
+            await answers.complete
+        finally:
+            unfinished = [sequence for index, sequence in sequences.items() if index not in answers.outcomes]
+            if unfinished:
+                self._engine.cancel(unfinished)
+
+
+class _Answers:
+    """Outcomes of one request, gathered on the event loop: complete with the last one, or with the first error."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, awaited: list[int]) -> None:
+        self.awaited = awaited
+        self.outcomes: dict[int, Outcome] = {}
+        self.complete: asyncio.Future[None] = loop.create_future()
+
+    def add(self, index: int, outcome: Outcome) -> None:
+        self.outcomes[index] = outcome
+        if self.complete.done():
+            return
+        if outcome.error is not None:
+            self.complete.set_exception(outcome.error)
+        elif len(self.outcomes) == len(self.awaited):
+            self.complete.set_result(None)
+
+
+class _Tokens:
+    """Tokens of one stream that nobody has taken yet, and its outcome once it has ended. At most max_target_tokens of them."""
+
+    def __init__(self) -> None:
+        self.outcome: Outcome | None = None
+        self._tokens: list[int] = []
+        self.news = asyncio.Event()
+
+    def add(self, token: int) -> None:
+        self._tokens.append(token)
+        self.news.set()
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.news.set()
+
+    def take(self) -> list[int]:
+        self.news.clear()
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+
+class _Turn:
+    """Gives the event loop away once this task has held it for a slice of time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._ends_at_s = clock() + _SLICE_S
+
+    async def over(self) -> None:
+        if self._clock() >= self._ends_at_s:
+            await asyncio.sleep(0)
+            self._ends_at_s = self._clock() + _SLICE_S
