@@ -1,0 +1,1 @@
+"""Worked examples; each reproduces something the project ships."""

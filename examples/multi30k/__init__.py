@@ -1,0 +1,1 @@
+"""How the bundled English-to-German checkpoint was trained."""

@@ -1,0 +1,220 @@
+"""The graphs' modules against the model, and the traced graphs against the modules."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import graphs
+from export.graphs import Candidates, DecoderStepGraph, EncoderGraph, candidate_block, max_candidates, plain_linear
+from export.model import ModelConfig, Transformer
+from export.onnx_export import example_step, export_decoder, export_encoder
+from export.quantize import PerRowInt8Linear
+from serving.session import load_graph
+from tests.support import tiny_config
+
+VARIATIONS = {
+    "paper": {},
+    "pre-norm": {"norm": "pre"},
+    "learned positions, gelu": {"positions": "learned", "activation": "gelu"},
+    "marian": {"positions": "sinusoidal_concatenated", "activation": "silu", "output_bias": True},
+    "bart": {"embedding_norm": True, "scale_embedding": False, "positions": "learned"},
+    "no biases": {"bias": False},
+    "nothing shared": {"share_embeddings": False, "tie_output": False},
+    "deep and narrow": {"num_encoder_layers": 3, "num_decoder_layers": 1, "num_heads": 1, "d_model": 8},
+}
+
+
+def random_model(seed: int = 0, **overrides: object) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(tiny_config(**{"num_decoder_layers": 2, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def decode_cached(model: Transformer, source_ids: Tensor, lengths: Tensor, target_ids: Tensor) -> Tensor:
+    """Logits [batch, T, vocabulary] by one step after the other, all sources in one lane of width 1."""
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+    cross = list(encoder(source_ids, lengths.int()))
+    batch, steps = target_ids.shape
+    *_, cache, _ = example_step(
+        model.config, sources=batch, width=1, source_capacity=1, target_capacity=steps + 3, dtype=torch.float32
+    )
+    logits = []
+    for t in range(steps):
+        positions = torch.full((batch, 1), t, dtype=torch.int32)
+        longest = torch.tensor(t + 1, dtype=torch.int32)
+        _, _, step_logits, cache = decoder(
+            target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), cache, cross
+        )
+        logits.append(step_logits[:, 0, : model.config.target_vocab_size])
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", VARIATIONS.values(), ids=VARIATIONS.keys())
+def test_cached_decoding_equals_the_full_masked_pass(overrides: dict[str, object]) -> None:
+    model = random_model(**overrides)
+    source_ids = torch.tensor([[5, 9, 11, 20, 3], [7, 8, 3, 0, 0]])
+    lengths = torch.tensor([5, 3])
+    target_ids = torch.tensor([[2, 9, 30, 31, 32, 33], [2, 40, 41, 10, 10, 11]])
+    full = model(source_ids, lengths, target_ids)
+    cached = decode_cached(model, source_ids, lengths, target_ids)
+    decodable = [i for i in range(model.config.target_vocab_size) if i not in (0, 2)]
+    torch.testing.assert_close(cached[..., decodable], full[..., decodable], atol=1e-5, rtol=1e-5)
+    assert (cached[..., [0, 2]] < -1e8).all()
+
+
+@torch.no_grad()
+def test_rows_at_different_positions_do_not_see_each_other() -> None:
+    model = random_model()
+    source_ids, lengths = torch.tensor([[5, 9, 3]]), torch.tensor([3], dtype=torch.int32)
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+    cross_one = encoder(source_ids, lengths)
+    two = cross_one.expand(-1, 2, -1, -1, -1).contiguous()
+    *_, cache, _ = example_step(model.config, sources=2, width=1, source_capacity=1, target_capacity=8, dtype=torch.float32)
+    # Source 0 is two tokens ahead: it steps alone first, in the same arrays.
+    target = [2, 9, 30]
+    for t in range(2):
+        part = [c[:1] for c in cache]
+        decoder(
+            torch.tensor([[target[t]]]), torch.tensor([[t]], dtype=torch.int32), torch.tensor(t + 1, dtype=torch.int32),
+            lengths, torch.arange(2), part, list(cross_one),
+        )  # fmt: skip
+    _, _, logits, _ = decoder(
+        torch.tensor([[30], [2]]), torch.tensor([[2], [0]], dtype=torch.int32), torch.tensor(3, dtype=torch.int32),
+        lengths.expand(2), torch.arange(2), cache, list(two),
+    )  # fmt: skip
+    expected = model(source_ids, lengths, torch.tensor([target]))[0]
+    decodable = [i for i in range(64) if i not in (0, 2)]
+    torch.testing.assert_close(logits[0, 0, decodable], expected[2, decodable], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1, 0, decodable], expected[0, decodable], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [4, 64, 130, 1000, 8001, 54_688])
+def test_candidates_are_the_exact_top_k_of_log_softmax(vocab_size: int) -> None:
+    torch.manual_seed(vocab_size)
+    module = Candidates(vocab_size)
+    padded = torch.full((3, 2, module.block * module.num_blocks), graphs.NEVER)
+    padded[..., :vocab_size] = 3 * torch.randn(3, 2, vocab_size)
+    for k in (1, 2, min(9, max_candidates(vocab_size))):
+        ids, log_probs = module(padded, k)
+        best = torch.log_softmax(padded[..., :vocab_size], dim=2).topk(k)
+        assert torch.equal(ids, best.indices)
+        torch.testing.assert_close(log_probs, best.values)
+
+
+def test_candidates_are_exact_when_the_best_share_a_block() -> None:
+    module = Candidates(8192)
+    logits = torch.randn(1, 1, 8192)
+    logits[0, 0, 100:109] = torch.arange(20.0, 29.0)
+    ids, _ = module(logits, 9)
+    assert ids.flatten().tolist() == list(range(108, 99, -1))
+
+
+@pytest.mark.parametrize(("vocab_size", "block", "most"), [(4, 1, 4), (256, 2, 128), (8192, 64, 128), (54_688, 64, 855)])
+def test_blocks(vocab_size: int, block: int, most: int) -> None:
+    assert candidate_block(vocab_size) == block
+    assert max_candidates(vocab_size) == most
+
+
+def feeds_for(config: ModelConfig, *, sources: int, width: int, source: int, target: int, seed: int) -> dict[str, np.ndarray]:
+    """Random arguments of a decoder step with rows at different positions."""
+    rng = np.random.default_rng(seed)
+    positions = rng.integers(0, target, (sources, 1)).repeat(width, 1).astype(np.int32)
+    own = (sources * width, config.num_heads, target, config.head_dim)
+    cross = (sources, config.num_heads, source, config.head_dim)
+    tensors = range(2 * config.num_decoder_layers)
+    return {
+        "target_ids": rng.integers(4, config.target_vocab_size, (sources, width)),
+        "positions": positions,
+        "longest": np.array(positions.max() + 1, np.int32),
+        "source_lengths": rng.integers(1, source + 1, sources).astype(np.int32),
+        "candidate_ranks": np.arange(3),
+        **{f"self_cache.{i}": rng.standard_normal(own, np.float32) for i in tensors},
+        **{f"cross_cache.{i}": rng.standard_normal(cross, np.float32) for i in tensors},
+    }
+
+
+LINEARS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {"fp32": plain_linear, "int8": PerRowInt8Linear}
+
+
+@pytest.fixture(scope="module", params=LINEARS, ids=LINEARS.keys())
+def traced(request: pytest.FixtureRequest) -> tuple[Transformer, EncoderGraph, bytes, DecoderStepGraph, bytes]:
+    model = random_model()
+    encoder, decoder = EncoderGraph(model, LINEARS[request.param]).eval(), DecoderStepGraph(model, LINEARS[request.param]).eval()
+    return model, encoder, export_encoder(encoder), decoder, export_decoder(decoder, model.config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sources", "length"), [(1, 1), (1, 30), (5, 13)])
+def test_the_traced_encoder_equals_its_module(traced: tuple[object, ...], sources: int, length: int) -> None:
+    _, module, model_bytes, _, _ = traced
+    assert isinstance(module, EncoderGraph)
+    assert isinstance(model_bytes, bytes)
+    rng = np.random.default_rng(length)
+    ids, lengths = rng.integers(4, 64, (sources, length)), rng.integers(1, length + 1, sources).astype(np.int32)
+    (got,) = load_graph(model_bytes).run(["cross_cache"], {"source_ids": ids, "source_lengths": lengths})
+    expected = module(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
+    assert got.shape == expected.shape == (4, sources, 2, length, 8)
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(got[:, i, :, :n], expected[:, i, :, :n], atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sources", "width", "source", "target"), [(1, 1, 1, 1), (4, 1, 9, 6), (1, 5, 3, 40), (3, 4, 20, 7)]
+)
+def test_the_traced_step_equals_its_module(traced: tuple[object, ...], sources: int, width: int, source: int, target: int) -> None:
+    model, _, _, module, model_bytes = traced
+    assert isinstance(model, Transformer)
+    assert isinstance(module, DecoderStepGraph)
+    assert isinstance(model_bytes, bytes)
+    feeds = feeds_for(model.config, sources=sources, width=width, source=source, target=target, seed=width)
+    names = ["candidate_ids", "candidate_log_probs", "logits", *(f"self_cache_appended.{i}" for i in range(4))]
+    got = load_graph(model_bytes).run(names, feeds)
+    as_tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
+    ids, log_probs, logits, cache = module(
+        *(as_tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
+        [as_tensors[f"self_cache.{i}"] for i in range(4)],
+        [as_tensors[f"cross_cache.{i}"] for i in range(4)],
+    )
+    np.testing.assert_allclose(got[2], logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(got[1], log_probs.numpy(), atol=1e-4)
+    assert np.array_equal(got[0], ids.numpy())
+    for appended, expected in zip(got[3:], cache, strict=True):
+        # What was there stays there; the new key or value is at each row's own position.
+        np.testing.assert_allclose(appended, expected.numpy(), atol=1e-4)
+
+
+def test_no_slow_or_neighbour_dependent_operator_is_in_the_graphs(traced: tuple[object, ...]) -> None:
+    _, _, encoder, _, decoder = traced
+    for model_bytes in (encoder, decoder):
+        assert isinstance(model_bytes, bytes)
+        operators = {node.op_type for node in onnx.load_from_string(model_bytes).graph.node}
+        assert not operators & {"DynamicQuantizeMatMul", "DynamicQuantizeLinear", "ReduceLogSumExp", "SkipLayerNormalization"}
+        assert "LayerNormalization" in operators
+    assert {"GroupQueryAttention", "MultiHeadAttention"} <= operators
+
+
+def test_an_int8_row_does_not_depend_on_loud_neighbours() -> None:
+    torch.manual_seed(0)
+    layer = PerRowInt8Linear(torch.randn(6, 16), torch.randn(6))
+    quiet, loud = torch.randn(1, 16), 1000 * torch.randn(3, 16)
+    assert torch.equal(layer(torch.cat([loud, quiet]))[3:], layer(quiet))
+
+
+def test_int8_is_close_to_the_product_and_keeps_zeros() -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(32, 64), torch.randn(32), torch.randn(5, 64)
+    layer = PerRowInt8Linear(weight, bias)
+    error = (layer(x) - (x @ weight.T + bias)).abs().max()
+    assert 0 < error < 0.05 * (x @ weight.T).abs().max()
+    assert torch.equal(layer(torch.zeros(1, 64)), bias[None])
+    assert torch.equal(PerRowInt8Linear(weight, None)(torch.zeros(1, 64)), torch.zeros(1, 32))

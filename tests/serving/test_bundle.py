@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serving.bundle import Comparison, Manifest, describe, read_bundle
+from serving.errors import BundleError
+
+FILES = {"encoder.onnx": b"the encoder", "decoder.onnx": b"the decoder step", "sentencepiece.model": b"pieces"}
+
+
+def manifest_fields() -> dict[str, Any]:
+    return {
+        "format_revision": 1,
+        "name": "tiny",
+        "precision": "int8",
+        "architecture": {
+            "d_model": 16,
+            "num_heads": 2,
+            "head_dim": 8,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 1,
+            "source_vocab_size": 64,
+            "target_vocab_size": 64,
+        },
+        "ids": {"pad": 0, "eos": 3, "decoder_start": 2},
+        "limits": {"max_source_tokens": 128, "max_target_tokens": 127, "max_candidates": 33},
+        "languages": [{"source": "en", "target": "de"}],
+        "tokenizer": {
+            "kind": "sentencepiece",
+            "source_model": "sentencepiece.model",
+            "target_model": "sentencepiece.model",
+        },
+        "provenance": {
+            "checkpoint": "tiny-checkpoint",
+            "weights_sha256": "ab" * 32,
+            "onnxlate_version": "0.1.0",
+            "torch_version": "2.13.0",
+            "onnx_opset": 20,
+        },
+        "certificate": {
+            "sentences": 100,
+            "decoded_tokens": 1234,
+            "comparisons": {
+                "cached_pytorch": {
+                    "reference": "full pass",
+                    "max_abs_logit_difference": 1e-6,
+                    "token_agreement": 1.0,
+                    "tolerance": 1e-3,
+                },
+                "onnx_int8": {
+                    "reference": "PyTorch fp32",
+                    "max_abs_logit_difference": 0.25,
+                    "token_agreement": 0.9876,
+                    "tolerance": None,
+                },
+            },
+        },
+        "files": {
+            name: {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)} for name, contents in FILES.items()
+        },
+    }
+
+
+def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
+    (directory / "manifest.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    place = tmp_path / "bundle"
+    place.mkdir()
+    for name, contents in FILES.items():
+        (place / name).write_bytes(contents)
+    write_manifest(place, manifest_fields())
+    return place
+
+
+def faults_of(directory: Path) -> tuple[str, ...]:
+    with pytest.raises(BundleError, match=r"bundle .* cannot be used") as caught:
+        read_bundle(directory)
+    return caught.value.faults
+
+
+def test_reads_a_whole_bundle(directory: Path) -> None:
+    bundle = read_bundle(directory)
+    assert bundle.manifest.model_dump(mode="json") == manifest_fields()
+    assert bundle.encoder_path.read_bytes() == b"the encoder"
+    assert bundle.decoder_path.read_bytes() == b"the decoder step"
+    assert bundle.path("sentencepiece.model") == directory / "sentencepiece.model"
+
+
+def test_a_link_to_the_directory_is_followed(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(directory)
+    assert read_bundle(tmp_path / "current").manifest.name == "tiny"
+
+
+def test_files_that_are_not_listed_are_ignored(directory: Path) -> None:
+    (directory / "README.md").write_text("notes")
+    (directory / "link").symlink_to("/etc/hostname")
+    assert read_bundle(directory).manifest.name == "tiny"
+
+
+def test_a_directory_that_is_missing(tmp_path: Path) -> None:
+    assert faults_of(tmp_path / "none") == ("there is no such directory",)
+
+
+def test_a_manifest_that_is_missing(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+    assert faults_of(directory) == ("manifest.json: is missing",)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"name": "ti', id="cut"),
+        pytest.param(b'{"name": "\xff"}', id="not UTF-8"),
+        pytest.param(b"[" * 100_000, id="nested without end"),
+    ],
+)
+def test_a_manifest_that_is_not_json(directory: Path, contents: bytes) -> None:
+    (directory / "manifest.json").write_bytes(contents)
+    (fault,) = faults_of(directory)
+    assert fault.startswith("manifest.json: is not JSON: ")
+
+
+def test_another_revision_is_named_before_its_unknown_fields(directory: Path) -> None:
+    write_manifest(directory, {**manifest_fields(), "format_revision": 2, "novelty": True})
+    assert faults_of(directory) == (
+        "manifest.json: format_revision: 2 is not supported (supported: 1); "
+        "export the checkpoint again with this version of onnxlate",
+    )
+
+
+def test_every_field_that_is_wrong_is_named_by_its_path(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["novelty"] = True
+    fields["precision"] = "int4"
+    del fields["name"]
+    fields["architecture"]["d_model"] = "16"
+    fields["limits"]["max_candidates"] = 0
+    fields["languages"][0]["dialect"] = "at"
+    fields["tokenizer"]["kind"] = "words"
+    fields["certificate"]["comparisons"]["onnx_int8"]["token_agreement"] = 1.5
+    fields["files"]["encoder.onnx"]["sha256"] = "AB"
+    write_manifest(directory, fields)
+    assert sorted(fault.removeprefix("manifest.json: ").partition(": ")[0] for fault in faults_of(directory)) == [
+        "architecture.d_model",
+        "certificate.comparisons.onnx_int8.token_agreement",
+        "files.encoder.onnx.sha256",
+        "languages.0.dialect",
+        "limits.max_candidates",
+        "name",
+        "novelty",
+        "precision",
+        "tokenizer.kind",
+    ]
+
+
+@pytest.mark.parametrize("document", [[], "text", None, {}, {"format_revision": True}, {"format_revision": "1"}], ids=repr)
+def test_json_that_is_no_manifest(directory: Path, document: Any) -> None:
+    (directory / "manifest.json").write_text(json.dumps(document))
+    assert all(fault.startswith("manifest.json: ") for fault in faults_of(directory))
+
+
+def test_every_fault_of_the_files_is_told_at_once(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["tokenizer"]["target_model"] = "target.model"
+    fields["ids"]["eos"] = 64
+    fields["files"]["extra.bin"] = {"sha256": "00" * 32, "bytes": 1}
+    fields["files"]["../outside"] = {"sha256": "00" * 32, "bytes": 1}
+    write_manifest(directory, fields)
+    (directory / "encoder.onnx").write_bytes(b"the Encoder")
+    (directory / "decoder.onnx").write_bytes(b"the decoder")
+    (directory / "sentencepiece.model").unlink()
+    (directory / "sentencepiece.model").symlink_to(directory / "README.md")
+    assert faults_of(directory) == (
+        "'../outside': is not a plain file name; nothing outside the directory is read",
+        "target.model: needed, and not among the bundle's files",
+        "manifest.json: ids.eos: 64 is outside a vocabulary of 64",
+        "encoder.onnx: its contents have changed (SHA-256 differs)",
+        "decoder.onnx: has 11 bytes instead of 16",
+        "sentencepiece.model: is a symbolic link; none is followed",
+        "extra.bin: is missing",
+    )
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../bundle/encoder.onnx", "sub/file", "..", ".", "", "a\\b", "a\0b"])
+def test_a_name_that_is_not_plain_is_refused(directory: Path, name: str) -> None:
+    fields = manifest_fields()
+    fields["files"][name] = fields["files"]["encoder.onnx"]
+    write_manifest(directory, fields)
+    assert faults_of(directory) == (f"{name!r}: is not a plain file name; nothing outside the directory is read",)
+
+
+def test_a_tokenizer_file_outside_the_directory_is_refused(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["tokenizer"]["source_model"] = "../bundle/sentencepiece.model"
+    write_manifest(directory, fields)
+    assert faults_of(directory) == ("../bundle/sentencepiece.model: needed, and not among the bundle's files",)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx", "sentencepiece.model"])
+def test_a_needed_file_that_is_not_listed(directory: Path, name: str) -> None:
+    fields = manifest_fields()
+    del fields["files"][name]
+    write_manifest(directory, fields)
+    assert faults_of(directory) == (f"{name}: needed, and not among the bundle's files",)
+
+
+def test_a_manifest_that_lists_itself(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["files"]["manifest.json"] = {"sha256": "00" * 32, "bytes": 1}
+    write_manifest(directory, fields)
+    assert "manifest.json: cannot list itself" in faults_of(directory)
+
+
+def _link(path: Path) -> None:
+    contents = path.read_bytes()
+    path.unlink()
+    (path.parent / "elsewhere").write_bytes(contents)
+    path.symlink_to("elsewhere")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "encoder.onnx"])
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [
+        pytest.param(_link, "is a symbolic link; none is followed", id="link to the same contents"),
+        pytest.param(_pipe, "is not a regular file", id="pipe, on which reading would wait"),
+        pytest.param(_directory, "is not a regular file", id="directory"),
+    ],
+)
+def test_only_regular_files_are_read(directory: Path, name: str, replace: Callable[[Path], None], reason: str) -> None:
+    replace(directory / name)
+    assert faults_of(directory) == (f"{name}: {reason}",)
+
+
+def test_a_file_that_cannot_be_opened_is_a_fault(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if path.name == "decoder.onnx":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert faults_of(directory) == ("decoder.onnx: Permission denied",)
+
+
+def test_the_version_tells_manifests_apart_and_not_their_spelling() -> None:
+    fields = manifest_fields()
+    version = Manifest.model_validate(fields).version()
+    assert len(version) == 12
+    assert int(version, 16) >= 0
+    assert Manifest.model_validate(dict(reversed(fields.items()))).version() == version
+    fields["files"]["decoder.onnx"]["sha256"] = "00" * 32
+    assert Manifest.model_validate(fields).version() != version
+
+
+def test_the_version_stays_the_same_between_releases() -> None:
+    assert Manifest.model_validate(manifest_fields()).version() == "679a92556f52"
+
+
+def test_a_manifest_survives_its_own_json() -> None:
+    manifest = Manifest.model_validate(manifest_fields())
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+@pytest.mark.parametrize("difference", [float("nan"), float("inf"), -1.0])
+def test_a_difference_that_is_no_measurement_is_refused(difference: float) -> None:
+    with pytest.raises(ValidationError, match="max_abs_logit_difference"):
+        Comparison(reference="PyTorch", max_abs_logit_difference=difference, token_agreement=1.0, tolerance=None)
+
+
+def test_describe() -> None:
+    fields = manifest_fields()
+    fields["files"]["encoder.onnx"]["bytes"] = 4_567_890
+    fields["files"]["decoder.onnx"]["bytes"] = 12_345_678
+    manifest = Manifest.model_validate(fields)
+    assert describe(manifest).splitlines() == [
+        "  name        tiny",
+        f"  version     {manifest.version()}",
+        "  precision   int8",
+        "  languages   en -> de",
+        "  model       2 encoder and 1 decoder layers, d_model 16, 2 heads of 8",
+        "  vocabulary  64 source, 64 target",
+        "  limits      128 source tokens, 127 target tokens, 33 candidates a step",
+        "  tokenizer   sentencepiece (sentencepiece.model)",
+        "  checkpoint  tiny-checkpoint (weights abababababab)",
+        "  made by     onnxlate 0.1.0, torch 2.13.0, ONNX opset 20",
+        "  format      revision 1",
+        "",
+        "files",
+        "                       MB     sha256",
+        "  decoder.onnx         12.35  d8ee1d0f15d6",
+        "  encoder.onnx         4.57   8cabf23c1701",
+        "  sentencepiece.model  0.00   b6aa423de4f7",
+        "",
+        "certificate, measured on 100 sentences, 1234 decoded tokens",
+        "                  against       largest logit difference  tolerance  same tokens",
+        "  cached_pytorch  full pass     1.00e-06                  1e-03      100.00%",
+        "  onnx_int8       PyTorch fp32  2.50e-01                  none       98.76%",
+    ]
+
+
+def test_describe_without_languages_and_with_two_tokenizer_files() -> None:
+    fields = manifest_fields()
+    fields["languages"] = []
+    fields["tokenizer"]["target_model"] = "target.model"
+    text = describe(Manifest.model_validate(fields))
+    assert "  languages   not stated\n" in text
+    assert "(sentencepiece.model, target.model)\n" in text

@@ -1,0 +1,386 @@
+"""The engine on real graphs of a tiny random model: what is decoded, together with whom, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from serving.bundle import Bundle
+from serving.config import EngineConfig
+from serving.engine import Engine
+from serving.errors import DeadlineExceededError, EngineError, RequestCancelledError, ShuttingDownError
+from serving.kv_cache import LaneCache
+from serving.lane import Lane, source_capacity
+from serving.observer import NullObserver
+from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence
+from serving.session import LaneDecoder, ModelSession, pad_sources
+
+TIMEOUT_S = 60.0
+FAR_AWAY_S = 1e9
+
+
+class Waiter:
+    """Collects outcomes of sequences it made."""
+
+    def __init__(self) -> None:
+        self._outcomes: queue.Queue[tuple[Sequence, Outcome]] = queue.Queue()
+
+    def sequence(
+        self,
+        source_ids: tuple[int, ...],
+        options: DecodingOptions,
+        *,
+        expires_at_s: float = FAR_AWAY_S,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Sequence:
+        made = Sequence(
+            source_ids=source_ids,
+            options=options,
+            arrived_at_s=time.monotonic(),
+            expires_at_s=expires_at_s,
+            on_outcome=lambda outcome: self._outcomes.put((made, outcome)),
+            on_token=on_token,
+        )
+        return made
+
+    def next(self) -> tuple[Sequence, Outcome]:
+        return self._outcomes.get(timeout=TIMEOUT_S)
+
+    def wait(self, sequences: list[Sequence]) -> list[Outcome]:
+        """The outcomes of these, in their order; any other outcome is a failure."""
+        got = dict(self.next() for _ in sequences)
+        assert self._outcomes.empty()
+        return [got[sequence] for sequence in sequences]
+
+
+@pytest.fixture
+def engine(tiny_bundle: Bundle) -> Iterator[Engine]:
+    engine = Engine(tiny_bundle, EngineConfig(threads=2, max_rows_per_worker=16, encoder_batch_tokens=64))
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def translate(engine: Engine, work: list[tuple[tuple[int, ...], DecodingOptions]]) -> list[Outcome]:
+    waiter = Waiter()
+    sequences = [waiter.sequence(*one) for one in work]
+    engine.submit(sequences)
+    return waiter.wait(sequences)
+
+
+def random_work(count: int, seed: int) -> list[tuple[tuple[int, ...], DecodingOptions]]:
+    """Sources of 1 to 70 tokens, each with its own options."""
+    rng = random.Random(seed)
+    work = []
+    for _ in range(count):
+        ids = tuple(rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 5, 8, 12, 30, 31, 70]))) + (3,)
+        beam = rng.choice([1, 1, 1, 2, 3, 4])
+        least = rng.choice([0, 0, 4])
+        options = DecodingOptions(
+            beam_size=beam,
+            num_hypotheses=rng.randint(1, beam),
+            length_penalty=rng.choice([0.0, 0.6, 1.0, 2.0]),
+            min_target_tokens=least,
+            max_target_tokens=least + rng.choice([1, 7, 20, 80]),
+        )
+        work.append((ids, options))
+    return work
+
+
+def test_answers_do_not_depend_on_neighbours_in_any_bit(engine: Engine) -> None:
+    work = random_work(60, seed=1)
+    alone = [translate(engine, [one])[0].hypotheses for one in work]
+    together = [outcome.hypotheses for outcome in translate(engine, work)]
+    order = list(range(len(work)))
+    random.Random(2).shuffle(order)
+    shuffled = translate(engine, [work[i] for i in order])
+    # Scores are compared as they are: equal floats, not close ones.
+    assert together == alone
+    assert [outcome.hypotheses for outcome in shuffled] == [alone[i] for i in order]
+
+
+def test_answers_do_not_depend_on_the_size_of_the_engine(tiny_bundle: Bundle) -> None:
+    work = random_work(30, seed=3)
+    answers = []
+    for config in (
+        EngineConfig(threads=1, max_rows_per_worker=4, encoder_batch_tokens=1),
+        EngineConfig(threads=3, max_rows_per_worker=64, encoder_batch_tokens=4096),
+    ):
+        engine = Engine(tiny_bundle, config)
+        engine.start()
+        answers.append([outcome.hypotheses for outcome in translate(engine, work)])
+        engine.close()
+    assert answers[0] == answers[1]
+
+
+def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: DecodingOptions) -> Hypothesis:
+    """Greedy decoding written out over the session, one source, nothing shared with the engine but the graphs."""
+    ids, lengths = pad_sources([source_ids], session.pad_id)
+    encoded = session.encode(ids, lengths)
+    # A source's bucket follows from its own length alone, so it is part of what a source is.
+    capacity = source_capacity(len(source_ids))
+    cache = LaneCache(session.geometry, num_slots=1, width=1, target_capacity=200, source_capacity=capacity)
+    cache.write_source(0, encoded[:, 0], len(source_ids))
+    target_ids, positions = np.full((1, 1), session.decoder_start_id), np.zeros((1, 1), np.int32)
+    decoder = session.bind(cache, target_ids, positions, 2)
+    tokens: list[int] = []
+    score = 0.0
+    while True:
+        candidate_ids, log_probs = decoder.step(1)
+        choice = int(candidate_ids[0, 0, 0] == session.eos_id and len(tokens) < options.min_target_tokens)
+        token = int(candidate_ids[0, 0, choice])
+        score += float(log_probs[0, 0, choice])
+        tokens.append(token)
+        ended = token == session.eos_id
+        if ended or len(tokens) == options.max_target_tokens:
+            return Hypothesis(
+                target_ids=tuple(tokens[:-1] if ended else tokens),
+                score=score / len(tokens) ** options.length_penalty,
+                finish_reason=FinishReason.EOS if ended else FinishReason.LENGTH,
+                target_tokens=len(tokens),
+            )
+        target_ids[...] = token
+        positions += 1
+
+
+def test_greedy_equals_a_plain_loop(engine: Engine, tiny_bundle: Bundle) -> None:
+    session = ModelSession(tiny_bundle)
+    work = [(ids, o) for ids, o in random_work(40, seed=5) if o.beam_size == 1]
+    for (ids, options), outcome in zip(work, translate(engine, work), strict=True):
+        assert outcome.hypotheses == (plain_greedy(session, ids, options),)
+
+
+def test_targets_longer_than_the_first_cache(engine: Engine) -> None:
+    options = DecodingOptions(beam_size=3, num_hypotheses=3, min_target_tokens=150, max_target_tokens=200)
+    (outcome,) = translate(engine, [((5, 6, 7, 3), options)])
+    assert all(150 <= len(h.target_ids) <= 200 for h in outcome.hypotheses)
+
+
+def test_timings_and_counts(engine: Engine) -> None:
+    options = DecodingOptions(min_target_tokens=5, max_target_tokens=5)
+    outcomes = translate(engine, [((5, 6, 7, 3), options)] * 4)
+    for outcome in outcomes:
+        timings = outcome.timings
+        assert timings.steps == outcome.hypotheses[0].target_tokens == 5
+        assert 1 <= timings.mean_rows_per_step <= 4
+        assert min(timings.queue_s, timings.encode_s, timings.decode_s) > 0
+
+
+def test_tokens_are_streamed_as_they_are_decoded(engine: Engine) -> None:
+    tokens: list[int] = []
+    waiter = Waiter()
+    sequence = waiter.sequence((5, 6, 7, 3), DecodingOptions(min_target_tokens=6, max_target_tokens=9), on_token=tokens.append)
+    engine.submit([sequence])
+    ((hypothesis),) = waiter.wait([sequence])[0].hypotheses
+    streamed = tokens[:-1] if hypothesis.finish_reason is FinishReason.EOS else tokens
+    assert tuple(streamed) == hypothesis.target_ids
+
+
+class Gate:
+    """Stops every decoder step until it is opened, so that a test acts in the middle of a decode."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
+        step = LaneDecoder.step
+
+        def gated(decoder: LaneDecoder, num_sources: int) -> object:
+            self.reached.release()
+            assert self._open.acquire(timeout=TIMEOUT_S)
+            return step(decoder, num_sources)
+
+        monkeypatch.setattr(LaneDecoder, "step", gated)
+
+    def wait_for_step(self) -> None:
+        assert self.reached.acquire(timeout=TIMEOUT_S)
+
+    def let_steps_pass(self, count: int = 1) -> None:
+        self._open.release(count)
+
+
+LONG = DecodingOptions(min_target_tokens=100, max_target_tokens=120)
+
+
+@pytest.fixture
+def one_worker(tiny_bundle: Bundle) -> Iterator[Engine]:
+    engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=4, encoder_batch_tokens=64))
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def test_a_cancelled_sequence_leaves_at_the_next_step_and_others_go_on(
+    one_worker: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = translate(one_worker, [((9, 8, 3), LONG)])[0].hypotheses
+    gate, waiter = Gate(monkeypatch), Waiter()
+    leaving, staying = waiter.sequence((5, 6, 7, 3), LONG), waiter.sequence((9, 8, 3), LONG)
+    one_worker.submit([leaving, staying])
+    for _ in range(3):
+        gate.wait_for_step()
+        gate.let_steps_pass()
+    gate.wait_for_step()
+    one_worker.cancel([leaving])
+    gate.let_steps_pass()
+    sequence, outcome = waiter.next()
+    assert sequence is leaving
+    assert isinstance(outcome.error, RequestCancelledError)
+    assert outcome.timings.steps == 4
+    gate.let_steps_pass(1000)
+    sequence, outcome = waiter.next()
+    assert sequence is staying
+    assert outcome.hypotheses == alone
+
+
+def test_an_expired_sequence_frees_its_rows_for_the_next_in_the_queue(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=1), clock=lambda: now[0])
+    gate, waiter = Gate(monkeypatch), Waiter()
+    engine.start()
+    expiring = waiter.sequence((5, 6, 3), LONG, expires_at_s=1.0)
+    following = waiter.sequence((5, 6, 3), DecodingOptions(max_target_tokens=1))
+    engine.submit([expiring])
+    engine.submit([following])
+    gate.wait_for_step()
+    now[0] = 2.0
+    gate.let_steps_pass(1000)
+    sequence, outcome = waiter.next()
+    assert sequence is expiring
+    assert isinstance(outcome.error, DeadlineExceededError)
+    assert waiter.next()[0] is following
+    engine.close()
+
+
+def test_a_failing_step_fails_its_lane_and_nothing_else(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = ((5, 6, 7, 3), DecodingOptions(max_target_tokens=3))
+    before = translate(one_worker, [work])[0].hypotheses
+    step = LaneDecoder.step
+    failures = iter([True])
+
+    def failing(decoder: LaneDecoder, num_sources: int) -> object:
+        if next(failures, False):
+            raise EngineError("a graph failed: out of memory")
+        return step(decoder, num_sources)
+
+    monkeypatch.setattr(LaneDecoder, "step", failing)
+    failed, again = translate(one_worker, [work])[0], translate(one_worker, [work])[0]
+    assert isinstance(failed.error, EngineError)
+    assert again.hypotheses == before
+
+
+def test_a_failing_encoder_fails_its_batch_and_nothing_else(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = ((5, 6, 7, 3), DecodingOptions(max_target_tokens=3))
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelSession, "encode", lambda *_: 1 / 0)
+        failed = translate(one_worker, [work])[0]
+    assert isinstance(failed.error, EngineError)
+    assert translate(one_worker, [work])[0].hypotheses
+    assert one_worker.wait_idle(TIMEOUT_S)
+
+
+def test_a_caller_that_raises_does_not_stop_the_worker(one_worker: Engine) -> None:
+    def raising(_: Outcome) -> None:
+        raise RuntimeError("the caller's own fault")
+
+    bad = Sequence(
+        source_ids=(5, 3), options=DecodingOptions(max_target_tokens=2), arrived_at_s=0, expires_at_s=FAR_AWAY_S, on_outcome=raising
+    )
+    one_worker.submit([bad])
+    assert translate(one_worker, [((5, 3), DecodingOptions(max_target_tokens=2))])[0].hypotheses
+
+
+def test_draining_finishes_what_was_admitted(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, waiter = Gate(monkeypatch), Waiter()
+    sequences = [waiter.sequence((5, 6, 3), DecodingOptions(max_target_tokens=4)) for _ in range(6)]
+    one_worker.submit(sequences)
+    gate.wait_for_step()
+    one_worker.drain()
+    with pytest.raises(ShuttingDownError):
+        one_worker.submit([waiter.sequence((5, 3), LONG)])
+    assert not one_worker.wait_idle(0)
+    gate.let_steps_pass(1000)
+    assert all(outcome.hypotheses for outcome in waiter.wait(sequences))
+    assert one_worker.wait_idle(TIMEOUT_S)
+
+
+def test_closing_tells_everybody(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, waiter = Gate(monkeypatch), Waiter()
+    sequences = [waiter.sequence((5, 6, 3), LONG) for _ in range(9)]
+    one_worker.submit(sequences)
+    gate.wait_for_step()
+    gate.let_steps_pass(1000)
+    one_worker.close()
+    assert {type(outcome.error) for outcome in waiter.wait(sequences)} == {ShuttingDownError}
+
+
+def test_closing_an_engine_that_never_started(tiny_bundle: Bundle) -> None:
+    engine, waiter = Engine(tiny_bundle, EngineConfig(threads=1)), Waiter()
+    sequence = waiter.sequence((5, 3), LONG)
+    engine.submit([sequence])
+    engine.close()
+    assert isinstance(waiter.wait([sequence])[0].error, ShuttingDownError)
+
+
+class Recorder(NullObserver):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.in_use: list[int] = []
+        self.reasons: list[str] = []
+        self.first_tokens = 0
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        self.rows.append(rows)
+
+    def rows_in_use(self, worker: int, rows: int) -> None:
+        self.in_use.append(rows)
+
+    def finished(self, reason: str, target_tokens: int, queue_seconds: float) -> None:
+        self.reasons.append(reason)
+
+    def first_token(self, seconds_since_arrival: float) -> None:
+        self.first_tokens += 1
+
+
+def test_rows_join_and_leave_between_steps(tiny_bundle: Bundle) -> None:
+    """Six sources through four rows: the fifth joins as soon as the first one leaves, in the middle of the others."""
+    recorder = Recorder()
+    engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=4), recorder)
+    waiter = Waiter()
+    lengths = [2, 6, 6, 6, 4, 4]
+    sequences = [
+        waiter.sequence((5, 6, 3), DecodingOptions(min_target_tokens=n, max_target_tokens=n)) for n in lengths
+    ]
+    engine.submit(sequences)
+    engine.start()
+    waiter.wait(sequences)
+    engine.close()
+    assert recorder.rows == [4, 4, 4, 4, 4, 4, 1, 1, 1, 1]
+    assert max(recorder.in_use) == 4
+    assert recorder.in_use[-1] == 0
+    assert len(recorder.reasons) == recorder.first_tokens == 6
+
+
+def test_memory_of_lanes_that_nobody_uses_is_given_back(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Lane] = []
+    make = Lane.__init__
+
+    def counted(lane: Lane, *args: object, **kwargs: object) -> None:
+        made.append(lane)
+        make(lane, *args, **kwargs)  # type: ignore[arg-type]  # whatever the engine hands in
+
+    monkeypatch.setattr(Lane, "__init__", counted)
+    engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=16))
+    engine.start()
+    for beam in range(1, 11):
+        translate(engine, [((5, 3), DecodingOptions(beam_size=beam, max_target_tokens=2))])
+    assert engine.wait_idle(TIMEOUT_S)
+    assert len(made) == 10
+    assert sum(len(worker._lanes) for worker in engine._workers) <= 5
+    engine.close()

@@ -1,0 +1,71 @@
+"""The caches' own operations; in-place writing by the graph is tested with the engine."""
+
+import numpy as np
+import pytest
+
+from serving.kv_cache import CacheGeometry, LaneCache
+from serving.search import Fork
+
+
+@pytest.fixture
+def cache() -> LaneCache:
+    geometry = CacheGeometry(num_tensors=4, num_heads=2, head_dim=8)
+    cache = LaneCache(geometry, num_slots=3, width=2, target_capacity=5, source_capacity=7)
+    rng = np.random.default_rng(0)
+    cache.self_attention[...] = rng.random(cache.self_attention.shape)
+    return cache
+
+
+def encoded(length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).random((4, 2, length, 8), np.float32)
+
+
+def test_sizes(cache: LaneCache) -> None:
+    assert cache.self_attention.shape == (4, 6, 2, 5, 8)
+    assert cache.cross_attention.shape == (4, 3, 2, 7, 8)
+    assert cache.nbytes == 4 * (4 * 6 * 2 * 5 * 8 + 4 * 3 * 2 * 7 * 8)
+    assert cache.geometry.bytes_per_token() == 4 * 4 * 2 * 8
+
+
+def test_a_source_is_written_without_its_padding(cache: LaneCache) -> None:
+    source = encoded(6)
+    cache.write_source(1, source, 4)
+    assert np.array_equal(cache.cross_attention[:, 1, :, :4], source[:, :, :4])
+    assert not cache.cross_attention[:, 1, :, 4:].any()
+    assert not cache.cross_attention[:, 0].any()
+    assert cache.source_lengths.tolist() == [1, 4, 1]
+
+
+def test_what_lies_beyond_a_shorter_source_stays_finite(cache: LaneCache) -> None:
+    cache.write_source(0, encoded(7), 7)
+    cache.write_source(0, encoded(2, seed=2), 2)
+    assert np.isfinite(cache.cross_attention).all()
+
+
+def test_a_fork_copies_its_positions_and_nothing_else(cache: LaneCache) -> None:
+    before = cache.self_attention.copy()
+    cache.copy_rows([Fork(from_row=0, to_row=1, start=2, stop=4), Fork(from_row=4, to_row=5, start=0, stop=1)])
+    expected = before.copy()
+    expected[:, 1, :, 2:4] = before[:, 0, :, 2:4]
+    expected[:, 5, :, :1] = before[:, 4, :, :1]
+    assert np.array_equal(cache.self_attention, expected)
+
+
+def test_moving_a_source_moves_its_rows_and_its_length(cache: LaneCache) -> None:
+    cache.write_source(2, encoded(5), 5)
+    before = cache.self_attention.copy()
+    cache.move_source(2, 0, 3)
+    assert np.array_equal(cache.self_attention[:, 0:2, :, :3], before[:, 4:6, :, :3])
+    assert np.array_equal(cache.self_attention[:, 2:], before[:, 2:])
+    assert np.array_equal(cache.cross_attention[:, 0, :, :5], encoded(5))
+    assert cache.source_lengths.tolist() == [5, 1, 5]
+
+
+def test_growing_keeps_what_is_used(cache: LaneCache) -> None:
+    before = cache.self_attention.copy()
+    cache.grow_target(10, 2)
+    assert cache.self_attention.shape == (4, 6, 2, 10, 8)
+    assert np.array_equal(cache.self_attention[:, :4, :, :5], before[:, :4])
+    assert not cache.self_attention[:, 4:].any()
+    assert not cache.self_attention[:, :, :, 5:].any()
+    assert cache.target_capacity == 10

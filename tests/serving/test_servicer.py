@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from serving.errors import InvalidRequestError
+from serving.pb import translation_pb2 as pb
+from serving.preparation import RequestOptions
+from serving.request import FinishReason
+from serving.servicer import SERVICE_NAME, ModelLoadingError, TranslationServicer
+from serving.translator import Translator
+from tests.fakes import FakeClock, ScriptedEngine, fake_model
+
+NOW_S = 1000.0
+
+
+class Call:
+    """What a handler asks of its call: how much time is left by the wall clock, None without a deadline."""
+
+    def __init__(self, remaining_s: float | None = None) -> None:
+        self._remaining_s = remaining_s
+
+    def time_remaining(self) -> float | None:
+        return self._remaining_s
+
+
+@pytest.fixture
+def engine() -> Iterator[ScriptedEngine]:
+    engine = ScriptedEngine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+async def servicer(engine: ScriptedEngine) -> TranslationServicer:
+    import asyncio
+
+    clock = FakeClock(NOW_S)
+    model = fake_model(engine)
+    servicer = TranslationServicer(clock=clock)
+    servicer.serve(Translator(model.preparer, engine, asyncio.get_running_loop(), clock=clock), model.description)
+    return servicer
+
+
+async def translate(servicer: TranslationServicer, request: pb.TranslateRequest, call: Any = None) -> pb.TranslateResponse:
+    return await servicer.Translate(request, call or Call())
+
+
+async def test_a_response_holds_all_that_is_known(servicer: TranslationServicer) -> None:
+    options = pb.DecodingOptions(beam_size=2, num_hypotheses=2, max_target_tokens=3)
+    response = await translate(servicer, pb.TranslateRequest(texts=["ab", ""], options=options))
+    shouted, blank = response.translations
+    assert [(h.text, h.score, h.target_tokens) for h in shouted.hypotheses] == [("AB", -0.5, 3), ("AB!", -1.5, 3)]
+    assert [h.finish_reason for h in shouted.hypotheses] == [pb.FINISH_REASON_EOS, pb.FINISH_REASON_LENGTH]
+    assert shouted.source_tokens == 3
+    assert shouted.timings == pb.TextTimings(
+        queue_seconds=0.25, encode_seconds=0.5, decode_seconds=1.0, steps=7, mean_rows_per_step=3.5
+    )
+    assert [(h.text, h.finish_reason) for h in blank.hypotheses] == [("", pb.FINISH_REASON_EOS)]
+    assert (response.timings.queue_seconds, response.timings.encode_seconds, response.timings.decode_seconds) == (0.25, 0.5, 1.0)
+
+
+def test_every_finish_reason_has_its_number() -> None:
+    from serving.servicer import _FINISH_REASONS
+
+    assert set(_FINISH_REASONS) == set(FinishReason)
+    assert pb.FINISH_REASON_UNSPECIFIED not in _FINISH_REASONS.values()
+
+
+async def test_options_that_are_not_set_are_left_to_the_defaults(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    await translate(servicer, pb.TranslateRequest(texts=["ab"]))
+    options = engine.submitted[0].options
+    assert (options.beam_size, options.num_hypotheses, options.length_penalty, options.min_target_tokens) == (1, 1, 1.0, 0)
+
+
+async def test_an_option_set_to_zero_is_not_an_option_left_out(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    await translate(servicer, pb.TranslateRequest(texts=["ab"], options=pb.DecodingOptions(length_penalty=0)))
+    assert engine.submitted[0].options.length_penalty == 0
+    with pytest.raises(InvalidRequestError, match=r"options.beam_size: must be from 1 to 5, not 0"):
+        await translate(servicer, pb.TranslateRequest(texts=["ab"], options=pb.DecodingOptions(beam_size=0)))
+
+
+@pytest.mark.parametrize(("field", "value"), [("source_language", "xx"), ("target_language", "xx")], ids=["source", "target"])
+async def test_languages_are_checked(servicer: TranslationServicer, field: str, value: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{field}: "):
+        await translate(servicer, pb.TranslateRequest(texts=["a"], **{field: value}))  # type: ignore[arg-type]  # both are strings
+    with pytest.raises(InvalidRequestError, match=f"^{field}: "):
+        await anext(servicer.TranslateStream(pb.TranslateStreamRequest(text="a", **{field: value}), Call()))  # type: ignore[arg-type]  # a fake
+
+
+@pytest.mark.parametrize(
+    ("remaining_s", "expected_s"),
+    [
+        pytest.param(2.5, NOW_S + 2.5, id="the client's"),
+        pytest.param(None, NOW_S + 60, id="a Python client's timeout=0 arrives as none"),
+        pytest.param(1e12, NOW_S + 60, id="further than the server allows"),
+    ],
+)
+async def test_a_deadline_is_monotonic_and_never_beyond_the_servers(
+    servicer: TranslationServicer, engine: ScriptedEngine, remaining_s: float | None, expected_s: float
+) -> None:
+    await translate(servicer, pb.TranslateRequest(texts=["a"]), Call(remaining_s))
+    async for _ in servicer.TranslateStream(pb.TranslateStreamRequest(text="a"), Call(remaining_s)):  # type: ignore[arg-type]  # a fake
+        pass
+    assert [sequence.expires_at_s for sequence in engine.submitted] == [expected_s, expected_s]
+
+
+async def test_a_stream_ends_with_the_translation(servicer: TranslationServicer) -> None:
+    stream = servicer.TranslateStream(pb.TranslateStreamRequest(text="grün"), Call())  # type: ignore[arg-type]  # a fake
+    responses = [response async for response in stream]
+    assert "".join(response.text_delta for response in responses) == "GRÜN"
+    assert [response.HasField("translation") for response in responses] == [False] * (len(responses) - 1) + [True]
+    assert responses[-1].translation.hypotheses[0].text == "GRÜN"
+
+
+async def test_model_information(servicer: TranslationServicer) -> None:
+    info = await servicer.GetModelInfo(pb.GetModelInfoRequest(), Call())  # type: ignore[arg-type]  # a fake
+    assert (info.model_name, info.model_version, info.server_version) == ("shout", "0123abcd", "1.2.3")
+    assert [(pair.source, pair.target) for pair in info.languages] == [("en", "de"), ("en", "fr"), ("de", "en")]
+    assert (info.precision, info.device) == ("fp32", "cpu")
+    assert info.limits == pb.Limits(
+        max_texts_per_request=4, max_source_tokens=32, max_target_tokens=64, max_beam_size=5, max_request_seconds=60
+    )
+    defaults = info.default_options
+    assert (defaults.beam_size, defaults.num_hypotheses, defaults.length_penalty, defaults.min_target_tokens) == (1, 1, 1.0, 0)
+    assert defaults.HasField("min_target_tokens")
+    assert not defaults.HasField("max_target_tokens")
+
+
+@pytest.mark.parametrize("method", ["Translate", "GetModelInfo"])
+async def test_before_the_model_is_there_it_says_so(method: str) -> None:
+    requests: dict[str, Any] = {"Translate": pb.TranslateRequest(texts=["a"]), "GetModelInfo": pb.GetModelInfoRequest()}
+    with pytest.raises(ModelLoadingError, match="still loading"):
+        await getattr(TranslationServicer(), method)(requests[method], Call())
+    with pytest.raises(ModelLoadingError, match="still loading"):
+        await anext(TranslationServicer().TranslateStream(pb.TranslateStreamRequest(text="a"), Call()))  # type: ignore[arg-type]  # a fake
+
+
+def test_every_method_of_the_protocol_is_there() -> None:
+    methods = [method.name for method in pb.DESCRIPTOR.services_by_name["Translation"].methods]
+    assert SERVICE_NAME == "onnxlate.v1.Translation"
+    assert all(method in vars(TranslationServicer) for method in methods)
+
+
+def test_scores_fit_the_protocol_at_the_strongest_penalty() -> None:
+    # score * length^penalty at the bounds of preparation.py.
+    hypothesis = pb.Hypothesis(score=-20.0 * 512 * 512.0**10)
+    assert math.isfinite(hypothesis.score)
+
+
+def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
+    ours = set(RequestOptions.__dataclass_fields__)
+    assert ours == {field.name for field in pb.DecodingOptions.DESCRIPTOR.fields}
