@@ -9,9 +9,8 @@ TORCH ?= $(TORCH_PIN)
 TESTS ?= tests
 # int8 or fp32: the precision in which the bundled checkpoint is exported.
 PRECISION ?= int8
-# Further options of `onnxlate serve`, of the benchmarks and of `uv pip compile` (for example --upgrade).
+# Further options of `onnxlate serve` and of `uv pip compile` (for example --upgrade).
 SERVE_FLAGS ?=
-BENCH_FLAGS ?=
 LOCK_FLAGS ?=
 
 TORCH_PIN := torch==2.13.0
@@ -31,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install protos format lint types test test-all bench demo serve lock clean
+.PHONY: help install protos format lint types test test-all demo serve lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -71,15 +70,12 @@ test: $(INSTALLED)  ## Run the tests; TESTS narrows them down.
 
 test-all: lint types test  ## Everything that CI checks.
 
-bench: $(INSTALLED)  ## Run the benchmarks; BENCH_FLAGS are theirs.
-	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
-
 # A bundle is one directory, written whole or not at all; its manifest stands for it.
 $(BUNDLE)/manifest.json: $(wildcard $(CHECKPOINT)/* export/*.py export/*/*.py) | $(INSTALLED)
 	$(BIN)/onnxlate export $(CHECKPOINT) $(BUNDLE) --precision $(PRECISION) --overwrite
 
 demo: $(BUNDLE)/manifest.json  ## Export the bundled model, serve it, translate a few sentences, stop.
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.demo $(BUNDLE)
 
 serve: $(BUNDLE)/manifest.json  ## Export the bundled model and serve it until interrupted; SERVE_FLAGS are the server's.
 	exec $(BIN)/onnxlate serve $(BUNDLE) $(SERVE_FLAGS)

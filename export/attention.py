@@ -94,7 +94,7 @@ def append_and_attend(
 
 def _split(x: Tensor, num_heads: int) -> Tensor:
     """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(x, 2, (num_heads, -1)).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:

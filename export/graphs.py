@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export import attention
-from export.model import DecoderLayer, Embedding, EncoderLayer, FeedForward, ModelConfig, MultiHeadAttention, Transformer, activate
+from export.model import (
+    DecoderLayer,
+    Embedding,
+    EncoderLayer,
+    FeedForward,
+    ModelConfig,
+    MultiHeadAttention,
+    Transformer,
+    activate,
+)
 
 # (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
@@ -144,7 +153,8 @@ class EncoderGraph(nn.Module):
         for layer in self.layers:
             x = layer(x, source_lengths)
         cross = self.cross(self.final_norm(x))  # [B, S, tensors * d_model]
-        return cross.unflatten(2, (self.num_tensors, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).contiguous()  # type: ignore[no-any-return]
+        split = torch.unflatten(cross, 2, (self.num_tensors, self.num_heads, self.head_dim))
+        return split.permute(2, 0, 3, 1, 4).contiguous()
 
 
 class GraphDecoderLayer(nn.Module):
@@ -166,7 +176,11 @@ class GraphDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """X [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim] -> x and the own cache, appended to."""
+        """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
+
+        Returns:
+            X of the same shape, and the own cache with this step's keys and values.
+        """
         qkv = self.qkv(self.self_residual.enter(x))
         attended, key, value = attention.append_and_attend(qkv, step, *own, self.num_heads)
         x = self.self_residual.leave(x, self.self_output(attended))
@@ -196,7 +210,7 @@ class Candidates(nn.Module):
         if self.block == 1:
             best, ids = torch.topk(log_probs, k, dim=2)
             return ids, best
-        blocks = log_probs.unflatten(2, (self.num_blocks, self.block))
+        blocks = torch.unflatten(log_probs, 2, (self.num_blocks, self.block))
         _, block_ids = torch.topk(blocks.amax(dim=3), k, dim=2)  # [B, W, k]
         chosen = torch.gather(blocks, 2, block_ids[..., None].expand(-1, -1, -1, self.block)).flatten(2)
         best, places = torch.topk(chosen, k, dim=2)  # places in [0, k * block)

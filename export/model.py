@@ -151,7 +151,7 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -288,7 +288,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. Parameters keep one name each: shared matrices appear once in ``state_dict_names``."""
+    """The whole model. Matrices that are shared have several names here; ``export/checkpoint/base.py`` says which one counts."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

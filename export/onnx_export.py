@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -37,7 +36,9 @@ def export_encoder(graph: EncoderGraph) -> bytes:
     )
 
 
-def example_step(config: ModelConfig, *, sources: int, width: int, source_capacity: int, target_capacity: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def example_step(
+    config: ModelConfig, *, sources: int, width: int, source_capacity: int, target_capacity: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
     """Arguments of ``DecoderStepGraph.forward`` for the first step of a lane with empty caches."""
     tensors = 2 * config.num_decoder_layers
     own = (sources * width, config.num_heads, target_capacity, config.head_dim)
@@ -84,7 +85,12 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, dtype: torch.dt
 
 
 def _trace(
-    graph: nn.Module, example: tuple[Tensor | list[Tensor], ...], *, dynamic_shapes: Any, input_names: list[str], output_names: list[str]
+    graph: nn.Module,
+    example: tuple[Tensor | list[Tensor], ...],
+    *,
+    dynamic_shapes: Any,
+    input_names: list[str],
+    output_names: list[str],
 ) -> bytes:
     with _quiet():
         program = torch.onnx.export(
@@ -98,15 +104,15 @@ def _trace(
             verbose=False,
         )
         assert program is not None
-        stream = io.BytesIO()
-        program.save(stream)
-    return stream.getvalue()
+    return program.model_proto.SerializeToString()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's notes on packages that are not installed and on its own deprecations are nobody's business here."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

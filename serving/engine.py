@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as AbstractSequence
 
 from serving.bundle import Bundle
 from serving.config import EngineConfig

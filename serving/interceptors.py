@@ -182,16 +182,19 @@ class RequestInterceptor(_ServerInterceptor):
         return stream
 
     async def _guarded(self, work: Awaitable[Any], method: str, context: Context) -> Any:
-        """Awaits ``work``; turns what it raises into a status, and counts it."""
+        """Awaits ``work``; turns what it raises into a status. Counted before the status is sent."""
         self._enter(context)
         self._metrics.request_started(method)
         started_at_s = time.monotonic()
-        code = grpc.StatusCode.OK
+
+        def ended(code: grpc.StatusCode) -> None:
+            self._metrics.request_ended(method, code.name, time.monotonic() - started_at_s)
+
         try:
-            return await work
+            response = await work
         except grpc.aio.BaseError:
             # gRPC's own: the call is over (its client has gone, the server stopped) and cannot be written to.
-            code = grpc.StatusCode.CANCELLED
+            ended(grpc.StatusCode.CANCELLED)
             raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -199,21 +202,21 @@ class RequestInterceptor(_ServerInterceptor):
                 # None without a deadline, whatever the stubs say.
                 remaining_s: float | None = context.time_remaining()
                 expired = remaining_s is not None and remaining_s < _ABOUT_NOW_S
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+                ended(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
                 raise
             # Nobody cancelled this call: something under it let a CancelledError out. Passed on, it would leave the client
             # hanging.
-            code = grpc.StatusCode.INTERNAL
-            await _abort(context, status_of(error))
+            status = status_of(error)
         except Exception as error:
             reason = _rejection(error)
             if reason is not None:
                 self._metrics.rejected(reason)
             status = status_of(error)
-            code = _CODES[status.code]
-            await _abort(context, status)
-        finally:
-            self._metrics.request_ended(method, code.name, time.monotonic() - started_at_s)
+        else:
+            ended(grpc.StatusCode.OK)
+            return response
+        ended(_CODES[status.code])
+        await _abort(context, status)
 
     def _enter(self, context: Context) -> None:
         self._in_flight += 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.kv_cache import LaneCache
 from serving.errors import EngineError
+from serving.kv_cache import LaneCache
 from serving.request import Hypothesis, Outcome, Sequence
 from serving.search import LaneSearch, make_lane_search
 from serving.session import LaneDecoder, ModelSession
@@ -59,7 +59,9 @@ class Lane:
         """
         num_slots = max_rows // width
         self.width = width
-        self._search: LaneSearch = make_lane_search(width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id)
+        self._search: LaneSearch = make_lane_search(
+            width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id
+        )
         self.cache = LaneCache(
             session.geometry,
             num_slots=num_slots,

@@ -16,7 +16,7 @@ from serving.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 
-# With lengths to 512, score * length^10 still fits the protocol's 32-bit float.
+# Beyond this, length alone decides. It also keeps length^length_penalty far within what a float holds.
 _MAX_LENGTH_PENALTY = 10.0
 # A text of more characters than this for each token it may have is refused before it is tokenized, because tokenizing megabytes
 # would hold up everybody else. A SentencePiece piece has at most 16 characters unless a model was trained otherwise.

@@ -161,14 +161,18 @@ class TranslationServer:
             logger.warning("%d requests did not finish in %g s", unfinished, self._config.drain_timeout_s)
 
     async def stop(self) -> None:
-        """Close everything; requests still in flight are cancelled."""
-        if self._server is not None:
-            await self._server.stop(_LAST_ANSWERS_S)
-        if self._model is not None:
-            await asyncio.to_thread(self._model.engine.close)
-        if self._metrics_page is not None:
-            await asyncio.to_thread(self._metrics_page.shutdown)
-            self._metrics_page.server_close()
+        """Close everything; requests still in flight are cancelled. Once is enough, twice is harmless."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(_LAST_ANSWERS_S)
+            # Handlers hear of it a moment later; the engine should hear from them what they no longer wait for.
+            await self._interceptor.wait_idle()
+        model, self._model = self._model, None
+        if model is not None:
+            await asyncio.to_thread(model.engine.close)
+        page, self._metrics_page = self._metrics_page, None
+        if page is not None:
+            await asyncio.to_thread(_close_page, page)
 
 
 def serve(config: ServerConfig, limits: RequestLimits, load: Load) -> int:
@@ -215,6 +219,13 @@ async def _serve(config: ServerConfig, limits: RequestLimits, load: Load) -> int
     return 0
 
 
+def _close_page(page: Any) -> None:
+    # Wakes the page's thread, which otherwise looks only twice a second whether it has to end.
+    page.socket.shutdown(socket.SHUT_RDWR)
+    page.shutdown()
+    page.server_close()
+
+
 def _why_not(host: str, port: int) -> OSError:
     """GRPC does not say why it could not bind; a plain socket does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -228,8 +239,9 @@ def _why_not(host: str, port: int) -> OSError:
 
 def _port_error(error: OSError, host: str, port: int, option: str) -> ServerStartError:
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        return ServerStartError(
-            f"cannot listen on {host}:{port}: {host} is not an address of this machine; choose one with --host"
-        )
-    reason = "the port is taken" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
+        reason, option = f"{host} is not an address of this machine", "--host"
+    elif error.errno == errno.EADDRINUSE:
+        reason = "the port is taken"
+    else:
+        reason = (error.strerror or str(error)).lower()
     return ServerStartError(f"cannot listen on {host}:{port}: {reason}; choose another with {option}")

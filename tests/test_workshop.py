@@ -34,7 +34,6 @@ MAKE_TARGETS = (
     "types",
     "test",
     "test-all",
-    "bench",
     "demo",
     "serve",
     "lock",
@@ -224,7 +223,7 @@ def test_make_knows_the_target_and_lists_it(target: str) -> None:
     assert target in [line.split()[0] for line in listed.splitlines()]
 
 
-@pytest.mark.parametrize("target", ["bench", "demo"])
+@pytest.mark.parametrize("target", ["demo"])
 def test_make_runs_modules_that_exist(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", target]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

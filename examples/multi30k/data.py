@@ -65,7 +65,7 @@ def pad(sequences: list[list[int]]) -> Tensor:
 
 def make_batch(pairs: list[tuple[list[int], list[int]]]) -> Batch:
     """(source, target) ids without markers -> a padded batch with them."""
-    sources = [source + [EOS_ID] for source, _ in pairs]
+    sources = [[*source, EOS_ID] for source, _ in pairs]
     return Batch(
         source_ids=pad(sources),
         source_lengths=torch.tensor([len(s) for s in sources]),
@@ -84,10 +84,12 @@ class ParallelText:
 
     def encoded(self, *, sampling_alpha: float = 0.0) -> list[tuple[list[int], list[int]]]:
         """Ids of every pair; a fresh sample of segmentations when ``sampling_alpha`` is above 0."""
-        sample = {"enable_sampling": True, "alpha": sampling_alpha, "nbest_size": -1} if sampling_alpha > 0 else {}
-        sources = [self._tokenizer.encode(line, **sample) for line in self.sources]
-        targets = [self._tokenizer.encode(line, **sample) for line in self.targets]
-        return list(zip(sources, targets, strict=True))
+
+        def encode(line: str) -> list[int]:
+            ids: list[int] = self._tokenizer.encode(line, enable_sampling=sampling_alpha > 0, alpha=sampling_alpha, nbest_size=-1)
+            return ids
+
+        return [(encode(source), encode(target)) for source, target in zip(self.sources, self.targets, strict=True)]
 
 
 def epoch_batches(pairs: list[tuple[list[int], list[int]]], batch_tokens: int, rng: np.random.Generator) -> Iterator[Batch]:

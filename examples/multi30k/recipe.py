@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from export.model import ModelConfig
@@ -16,14 +17,14 @@ class Recipe:
     vocab_size: int = 6000
     # Subword regularization (Kudo, 2018): each epoch segments anew; 0 takes the best segmentation only.
     sampling_alpha: float = 0.5
-    epochs: int = 50
+    epochs: int = 40
     # Padded target tokens of one optimizer step.
-    batch_tokens: int = 3000
+    batch_tokens: int = 1000
     # Paper, 5.3: lr = factor * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), Adam 0.9 / 0.98 / 1e-9.
-    warmup_steps: int = 1000
-    learning_rate_factor: float = 1.0
+    warmup_steps: int = 2000
+    learning_rate_factor: float = 0.8
     label_smoothing: float = 0.1
-    dropout: float = 0.25
+    dropout: float = 0.2
     max_gradient_norm: float = 1.0
     # The shipped weights are the mean of the last so many epochs' (6.1).
     averaged_epochs: int = 10
@@ -50,4 +51,5 @@ class Recipe:
 
     def learning_rate(self, step: int, d_model: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 1 (paper, equation 3)."""
-        return self.learning_rate_factor * d_model**-0.5 * min(step**-0.5, step * self.warmup_steps**-1.5)
+        warm_up, decay = step / self.warmup_steps / math.sqrt(self.warmup_steps), 1 / math.sqrt(step)
+        return self.learning_rate_factor / math.sqrt(d_model) * min(warm_up, decay)

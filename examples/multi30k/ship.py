@@ -8,7 +8,6 @@ import click
 import torch
 from torch import Tensor
 
-from examples.multi30k import data as corpus
 from examples.multi30k.recipe import Recipe
 from export.checkpoint import write_native_checkpoint
 from export.model import ModelConfig
@@ -36,9 +35,7 @@ def main(work: Path, output: Path, last: int) -> None:
         config=ModelConfig.model_validate_json((work / "model.json").read_text()),
         state_dict=average(epochs),
         languages=[LanguagePair(source="en", target="de")],
-        tokenizer=TokenizerSpec(
-            kind="sentencepiece", source_model="sentencepiece.model", target_model="sentencepiece.model"
-        ),
+        tokenizer=TokenizerSpec(kind="sentencepiece", source_model="sentencepiece.model", target_model="sentencepiece.model"),
         tokenizer_files={"sentencepiece.model": work / "sentencepiece.model"},
         samples=(_HERE / "samples.txt").read_text().splitlines(),
         dtype=torch.float16,

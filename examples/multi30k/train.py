@@ -36,7 +36,9 @@ def loss_of(model: Transformer, batch: corpus.Batch, smoothing: float) -> tuple[
         memory = model.encoder(batch.source_ids, source_mask)
         states = model.decoder(batch.target_ids, memory, source_mask)
     real = batch.next_ids != corpus.PAD_ID
-    smoothed, plain = OutputLoss.apply(states[real].float(), model.output.weight, batch.next_ids[real], smoothing)
+    smoothed, plain = OutputLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        states[real].float(), model.output.weight, batch.next_ids[real], smoothing
+    )
     return smoothed, plain, int(real.sum())
 
 
@@ -134,7 +136,7 @@ def main(data: Path, work: Path, epochs: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(run.step, config.d_model)
             smoothed, plain, n = loss_of(model, batch, recipe.label_smoothing)
-            smoothed.backward()
+            smoothed.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -142,9 +144,7 @@ def main(data: Path, work: Path, epochs: int) -> None:
             bar.set_postfix(loss=f"{total / tokens:.3f}", refresh=False)
         model.eval()
         with torch.no_grad():
-            parts = [
-                loss_of(model, b, recipe.label_smoothing)[1:] for b in corpus.epoch_batches(validation_pairs, 3000, rng)
-            ]
+            parts = [loss_of(model, b, recipe.label_smoothing)[1:] for b in corpus.epoch_batches(validation_pairs, 3000, rng)]
         validation = sum(plain.item() * n for plain, n in parts) / sum(n for _, n in parts)
         bleu: float | None = None
         if run.epoch % recipe.bleu_every_epochs == 0 or run.epoch == recipe.epochs:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import dataclasses
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -17,6 +18,8 @@ from serving.errors import (
     RequestCancelledError,
     ShuttingDownError,
 )
+from serving.metrics import ServiceMetrics
+from serving.model import ServedModel
 from serving.remote_errors import RemoteError
 from serving.request import Outcome
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold
@@ -39,7 +42,7 @@ class Sleeper:
 
     def __init__(self) -> None:
         self.slept_s: list[float] = []
-        self.instead = lambda: None
+        self.instead: Callable[[], None] = lambda: None
 
     def __call__(self, seconds: float) -> None:
         self.slept_s.append(seconds)
@@ -255,9 +258,11 @@ def test_a_client_that_closes_cancels_what_is_in_flight(server: Running, engine:
 
 def test_where_nobody_listens_it_tries_and_says_so(dead_address: str, sleeper: Sleeper) -> None:
     retry = RetryPolicy(max_attempts=3)
-    with TranslationClient(dead_address, retry=retry, sleep=sleeper) as client:
-        with pytest.raises(RemoteError, match="UNAVAILABLE") as raised:
-            client.translate(["a"])
+    with (
+        TranslationClient(dead_address, retry=retry, sleep=sleeper) as client,
+        pytest.raises(RemoteError, match="UNAVAILABLE") as raised,
+    ):
+        client.translate(["a"])
     assert raised.value.code is grpc.StatusCode.UNAVAILABLE
     assert len(sleeper.slept_s) == 2
 
@@ -293,8 +298,6 @@ def test_wait_ready_gives_up_in_time(dead_address: str) -> None:
 
 
 def test_a_server_of_another_kind_is_reported() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     other = grpc.server(ThreadPoolExecutor(1))
     port = other.add_insecure_port("127.0.0.1:0")
     other.start()
@@ -311,7 +314,7 @@ def test_a_server_of_another_kind_is_reported() -> None:
 def test_a_request_is_refused_while_the_model_loads_and_served_after(engine: ScriptedEngine, sleeper: Sleeper) -> None:
     loading, may_load = threading.Event(), threading.Event()
 
-    def load(_: object) -> object:
+    def load(_: ServiceMetrics) -> ServedModel:
         loading.set()
         assert may_load.wait(PATIENCE_S)
         return fake_model(engine)

@@ -1,4 +1,4 @@
-"""The engine on real graphs of a tiny random model: what is decoded, together with whom, and what happens when things go wrong."""
+"""The engine on real graphs of a tiny random model: what it decodes, beside whom, and what happens when things go wrong."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def random_work(count: int, seed: int) -> list[tuple[tuple[int, ...], DecodingOp
     rng = random.Random(seed)
     work = []
     for _ in range(count):
-        ids = tuple(rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 5, 8, 12, 30, 31, 70]))) + (3,)
+        ids = (*(rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 5, 8, 12, 30, 31, 70]))), 3)
         beam = rng.choice([1, 1, 1, 2, 3, 4])
         least = rng.choice([0, 0, 4])
         options = DecodingOptions(
@@ -237,7 +237,9 @@ def test_a_cancelled_sequence_leaves_at_the_next_step_and_others_go_on(
     assert outcome.hypotheses == alone
 
 
-def test_an_expired_sequence_frees_its_rows_for_the_next_in_the_queue(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_sequence_frees_its_rows_for_the_next_in_the_queue(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=1), clock=lambda: now[0])
     gate, waiter = Gate(monkeypatch), Waiter()
@@ -288,7 +290,11 @@ def test_a_caller_that_raises_does_not_stop_the_worker(one_worker: Engine) -> No
         raise RuntimeError("the caller's own fault")
 
     bad = Sequence(
-        source_ids=(5, 3), options=DecodingOptions(max_target_tokens=2), arrived_at_s=0, expires_at_s=FAR_AWAY_S, on_outcome=raising
+        source_ids=(5, 3),
+        options=DecodingOptions(max_target_tokens=2),
+        arrived_at_s=0,
+        expires_at_s=FAR_AWAY_S,
+        on_outcome=raising,
     )
     one_worker.submit([bad])
     assert translate(one_worker, [((5, 3), DecodingOptions(max_target_tokens=2))])[0].hypotheses
@@ -354,9 +360,7 @@ def test_rows_join_and_leave_between_steps(tiny_bundle: Bundle) -> None:
     engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=4), recorder)
     waiter = Waiter()
     lengths = [2, 6, 6, 6, 4, 4]
-    sequences = [
-        waiter.sequence((5, 6, 3), DecodingOptions(min_target_tokens=n, max_target_tokens=n)) for n in lengths
-    ]
+    sequences = [waiter.sequence((5, 6, 3), DecodingOptions(min_target_tokens=n, max_target_tokens=n)) for n in lengths]
     engine.submit(sequences)
     engine.start()
     waiter.wait(sequences)

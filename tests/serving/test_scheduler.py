@@ -1,7 +1,11 @@
 """Policy, with no threads and a clock that is a number."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serving.config import EngineConfig
 from serving.errors import (
@@ -25,10 +29,11 @@ def sequence(length: int = 4, beam: int = 1, *, arrived: float = 0.0, expires: f
     )
 
 
-def config(**overrides: int) -> EngineConfig:
-    return EngineConfig(
-        **{"threads": 1, "max_rows_per_worker": 8, "encoder_batch_tokens": 100, "max_waiting_sequences": 16, **overrides}
-    )
+SMALL = EngineConfig(threads=1, max_rows_per_worker=8, encoder_batch_tokens=100, max_waiting_sequences=16)
+
+
+def config(**overrides: Any) -> EngineConfig:
+    return replace(SMALL, **overrides)
 
 
 def test_first_in_first_out() -> None:

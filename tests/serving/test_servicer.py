@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import math
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +9,8 @@ import pytest
 from serving.errors import InvalidRequestError
 from serving.pb import translation_pb2 as pb
 from serving.preparation import RequestOptions
-from serving.request import FinishReason
-from serving.servicer import SERVICE_NAME, ModelLoadingError, TranslationServicer
+from serving.request import FinishReason, Hypothesis, Outcome
+from serving.servicer import _FINISH_REASONS, SERVICE_NAME, ModelLoadingError, TranslationServicer
 from serving.translator import Translator
 from tests.fakes import FakeClock, ScriptedEngine, fake_model
 
@@ -36,8 +36,6 @@ def engine() -> Iterator[ScriptedEngine]:
 
 @pytest.fixture
 async def servicer(engine: ScriptedEngine) -> TranslationServicer:
-    import asyncio
-
     clock = FakeClock(NOW_S)
     model = fake_model(engine)
     servicer = TranslationServicer(clock=clock)
@@ -46,7 +44,7 @@ async def servicer(engine: ScriptedEngine) -> TranslationServicer:
 
 
 async def translate(servicer: TranslationServicer, request: pb.TranslateRequest, call: Any = None) -> pb.TranslateResponse:
-    return await servicer.Translate(request, call or Call())
+    return await servicer.Translate(request, call or Call())  # type: ignore[arg-type]  # a fake
 
 
 async def test_a_response_holds_all_that_is_known(servicer: TranslationServicer) -> None:
@@ -64,8 +62,6 @@ async def test_a_response_holds_all_that_is_known(servicer: TranslationServicer)
 
 
 def test_every_finish_reason_has_its_number() -> None:
-    from serving.servicer import _FINISH_REASONS
-
     assert set(_FINISH_REASONS) == set(FinishReason)
     assert pb.FINISH_REASON_UNSPECIFIED not in _FINISH_REASONS.values()
 
@@ -145,10 +141,15 @@ def test_every_method_of_the_protocol_is_there() -> None:
     assert all(method in vars(TranslationServicer) for method in methods)
 
 
-def test_scores_fit_the_protocol_at_the_strongest_penalty() -> None:
-    # score * length^penalty at the bounds of preparation.py.
-    hypothesis = pb.Hypothesis(score=-20.0 * 512 * 512.0**10)
-    assert math.isfinite(hypothesis.score)
+async def test_numbers_pass_unrounded(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    # A server must not answer otherwise than the same model in the same process, so the protocol must not round.
+    score = -1.8624624999999999
+    engine.script = lambda sequence: Outcome(
+        hypotheses=(Hypothesis(target_ids=(), score=score, finish_reason=FinishReason.EOS, target_tokens=1),)
+    )
+    request = pb.TranslateRequest(texts=["a"], options=pb.DecodingOptions(length_penalty=0.6))
+    assert (await translate(servicer, request)).translations[0].hypotheses[0].score == score
+    assert engine.submitted[0].options.length_penalty == 0.6
 
 
 def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
