@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install protos format lint types test test-all demo serve lock clean
+.PHONY: help install protos format lint types test test-gpu test-peers test-all demo serve lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -67,6 +67,15 @@ types: $(INSTALLED)  ## Check types, strictly.
 
 test: $(INSTALLED)  ## Run the tests; TESTS narrows them down.
 	$(BIN)/python -m pytest $(TESTS)
+
+# They need onnxruntime-gpu (requirements/serve-gpu.txt) in place of onnxruntime in the environment; -rs says why they were skipped.
+test-gpu: $(INSTALLED)  ## Run the tests that need a CUDA device; without one they are skipped.
+	$(BIN)/python -m pytest -rs tests/gpu
+
+# Not locked and not part of test: the newest peers are the ones to compare with. -rP prints the figures that were measured.
+test-peers: $(INSTALLED)  ## Compare with Hugging Face transformers and CTranslate2, which are installed first.
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[peers]'
+	$(BIN)/python -m pytest -rP --show-capture=stdout tests/peers
 
 test-all: lint types test  ## Everything that CI checks.
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
 
-# LayerNormalization (17) and everything else the graphs use; ONNX Runtime's own operators come from its domain.
-OPSET = 20
+# LayerNormalization (17) and everything else the graphs use; ONNX Runtime's own operators come from its domain. No later one:
+# its CUDA kernels of ReduceMax and Equal are for the versions that 18 has, and a graph with newer ones runs those on the CPU.
+OPSET = 18
 
 _ANY = torch.export.Dim.DYNAMIC
 

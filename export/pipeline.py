@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -11,13 +12,17 @@ import torch
 from tqdm import tqdm
 
 from export import verify
+from export.cache_graphs import cache_rows_graph
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.graphs import DecoderStepGraph, EncoderGraph, LinearFactory, max_candidates, plain_linear
 from export.model import Transformer
 from export.onnx_export import OPSET, export_decoder, export_encoder
 from export.quantize import PerRowInt8Linear
-from export.writer import write_bundle
+from export.writer import check_destination, write_bundle
 from serving.bundle import (
+    CACHE_ROWS_NAME,
+    DECODER_NAME,
+    ENCODER_NAME,
     FORMAT_REVISION,
     Architecture,
     Bundle,
@@ -29,6 +34,7 @@ from serving.bundle import (
     Provenance,
     SpecialIds,
 )
+from serving.errors import ServerStartError
 from serving.tokenizer import SentencePieceTokenizer
 
 # Sentences that the certificate is measured on.
@@ -49,8 +55,9 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the graphs are too far from the model, or the bundle could not be written.
+        ExportError: the destination is taken, the graphs are too far from the model, or the bundle could not be written.
     """
+    check_destination(bundle, overwrite=overwrite)
     source = read_checkpoint(checkpoint)
     model = build_model(source)
     sources = sample_sources(source)
@@ -65,6 +72,7 @@ def export_bundle(
         references = verify.make_references(model, sources)
         phase("trace fp32")
         graphs = _trace(model, plain_linear)
+        files: dict[str, bytes | Path] = dict(source.tokenizer_files)
         phase("verify")
         comparisons = _compare_fp32(model, references, graphs, bar.update)
         verify.check(comparisons)
@@ -72,25 +80,25 @@ def export_bundle(
             phase("trace int8")
             graphs = _trace(model, PerRowInt8Linear)
             phase("verify int8")
-            comparisons["onnx_int8"] = verify.compare(
-                references,
-                verify.onnx_stepper(model.config, *graphs),
-                model.config,
-                reference_name="PyTorch, fp32, uncached",
-                tolerance=None,
-                progress=bar.update,
-            )
+            comparisons["onnx_int8"] = _measure(references, verify.onnx_stepper(model.config, *graphs), model, bar.update)
         elif precision == "fp16":
             phase("trace fp16")
             graphs = _trace(model.half(), plain_linear, torch.float16)
+            files[CACHE_ROWS_NAME] = cache_rows_graph(2 * model.config.num_decoder_layers)
+            phase("verify fp16")
+            try:
+                stepper = verify.onnx_stepper(model.config, *graphs, device="cuda")
+            except ServerStartError as error:
+                tqdm.write(f"fp16 was not verified here, so that the certificate says nothing of it: {error}", file=sys.stderr)
+            else:
+                comparisons["onnx_fp16"] = _measure(references, stepper, model, bar.update)
         phase("write")
         certificate = Certificate(
             sentences=len(references),
             decoded_tokens=sum(len(r.target_ids) for r in references),
             comparisons=comparisons,
         )
-        encoder_onnx, decoder_onnx = graphs
-        files: dict[str, bytes | Path] = {"encoder.onnx": encoder_onnx, "decoder.onnx": decoder_onnx, **source.tokenizer_files}
+        files[ENCODER_NAME], files[DECODER_NAME] = graphs
         return write_bundle(bundle, files, _manifest(source, precision, certificate), overwrite=overwrite)
 
 
@@ -120,16 +128,22 @@ def _compare_fp32(
         "onnx_fp32": verify.onnx_stepper(model.config, *graphs),
     }
     return {
-        name: verify.compare(
-            references,
-            stepper,
-            model.config,
-            reference_name="PyTorch, fp32, uncached",
-            tolerance=verify.FP32_LOGIT_TOLERANCE,
-            progress=progress,
-        )
+        name: _measure(references, stepper, model, progress, tolerance=verify.FP32_LOGIT_TOLERANCE)
         for name, stepper in steppers.items()
     }
+
+
+def _measure(
+    references: list[verify.Reference],
+    stepper: verify.Stepper,
+    model: Transformer,
+    progress: Callable[[], object],
+    *,
+    tolerance: float | None = None,
+) -> Comparison:
+    return verify.compare(
+        references, stepper, model.config, reference_name="PyTorch, fp32, uncached", tolerance=tolerance, progress=progress
+    )
 
 
 def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certificate) -> ManifestDraft:

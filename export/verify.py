@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
@@ -87,28 +88,40 @@ def pytorch_stepper(model: Transformer) -> Stepper:
     return step_through
 
 
-def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes) -> Stepper:
-    """The exported graphs on ONNX Runtime, loaded as serving loads them."""
-    encoder, decoder = load_graph(encoder_onnx), load_graph(decoder_onnx)
-    tensors = 2 * config.num_decoder_layers
-    outputs = ["candidate_ids", "logits", *(f"self_cache_appended.{i}" for i in range(tensors))]
+def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, *, device: str = "cpu") -> Stepper:
+    """The exported graphs on ONNX Runtime, loaded as serving loads them, with the self-attention cache appended to in place.
+
+    Raises:
+        ServerStartError: the device is not there.
+    """
+    encoder, decoder = (load_graph(graph, device=device) for graph in (encoder_onnx, decoder_onnx))
 
     def step_through(reference: Reference) -> NDArray[np.float32]:
         source_ids, lengths = pad_sources([reference.source_ids], config.pad_id)
         (cross,) = encoder.run(["cross_cache"], {"source_ids": source_ids, "source_lengths": lengths})
-        cache = [tensor.numpy() for tensor in _empty_cache(config, reference)]
+        binding = decoder.io_binding()
+        for i, tensor in enumerate(cross):
+            binding.bind_cpu_input(f"cross_cache.{i}", tensor)
+        for i, tensor in enumerate(_empty_cache(config, reference)):
+            value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy().astype(cross.dtype), device, 0)
+            binding.bind_ortvalue_input(f"self_cache.{i}", value)
+            binding.bind_ortvalue_output(f"self_cache_appended.{i}", value)
         logits = []
         for position, token in enumerate(reference.target_ids):
+            # Bound anew for each step: what is bound is copied to the device then, and not when the graph runs.
             feeds = {
                 "target_ids": np.array([[token]]),
                 "positions": np.array([[position]], np.int32),
                 "longest": np.array(position + 1, np.int32),
                 "source_lengths": lengths,
                 "candidate_ranks": np.arange(1),
-                **{f"self_cache.{i}": cache[i] for i in range(tensors)},
-                **{f"cross_cache.{i}": cross[i] for i in range(tensors)},
             }
-            candidate_ids, step_logits, *cache = decoder.run(outputs, feeds)
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            for name in ("candidate_ids", "logits"):
+                binding.bind_output(name)
+            decoder.run_with_iobinding(binding)
+            candidate_ids, step_logits = (output.numpy() for output in binding.get_outputs()[-2:])
             if candidate_ids[0, 0, 0] != step_logits[0, 0].argmax():
                 raise ExportError("the decoder graph's best candidate is not the best of its own logits")
             logits.append(step_logits[0, 0])
@@ -124,7 +137,7 @@ def compare(
     *,
     reference_name: str,
     tolerance: float | None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Comparison:
     """Step a graph through every reference and measure.
 

@@ -29,6 +29,8 @@ from serving.errors import BundleError
 MANIFEST_NAME = "manifest.json"
 ENCODER_NAME = "encoder.onnx"
 DECODER_NAME = "decoder.onnx"
+# Moves rows of the caches on a device; in a bundle of fp16 only, since the others run on a CPU.
+CACHE_ROWS_NAME = "cache_rows.onnx"
 # Raised when a reader of the old revision would misread the new one.
 FORMAT_REVISION = 1
 
@@ -183,6 +185,11 @@ class Bundle:
         """The decoder step's graph."""
         return self.path(DECODER_NAME)
 
+    @property
+    def cache_rows_path(self) -> Path:
+        """The graph that moves rows of the caches on a device."""
+        return self.path(CACHE_ROWS_NAME)
+
     def path(self, name: str) -> Path:
         """The file that the manifest lists as ``name``."""
         return self.directory / name
@@ -225,7 +232,9 @@ def manifest_faults(manifest: ManifestDraft, file_names: Iterable[str]) -> list[
     faults = [fault for name in sorted(names) if (fault := name_fault(name)) is not None]
     if MANIFEST_NAME in names:
         faults.append(f"{MANIFEST_NAME}: cannot list itself")
-    required = (ENCODER_NAME, DECODER_NAME, *manifest.tokenizer.file_names)
+    required = [ENCODER_NAME, DECODER_NAME, *manifest.tokenizer.file_names]
+    if manifest.precision == "fp16":
+        required.append(CACHE_ROWS_NAME)
     faults += [f"{name}: needed, and not among the bundle's files" for name in required if name not in names]
     ids, sizes = manifest.ids, manifest.architecture
     for field, token_id, size in (

@@ -22,7 +22,7 @@ from serving.lane import Lane, source_capacity
 from serving.observer import EngineObserver, NullObserver
 from serving.request import Outcome, Sequence
 from serving.scheduler import Scheduler, encoder_batches, reason_to_leave
-from serving.session import ModelSession, pad_sources
+from serving.session import ModelSession, open_session, pad_sources
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ class Engine:
         """Load the bundle's graphs; ``start`` starts the workers.
 
         Raises:
-            BundleError, ServerStartError: from ``ModelSession``.
+            BundleError, ServerStartError: from ``open_session``.
         """
         self._config = config or EngineConfig()
         self._observer = observer or NullObserver()
         self._clock = clock
         on_cpu = self._config.device == "cpu"
         num_workers = self._config.threads if on_cpu else 1
-        session = ModelSession(bundle, device=self._config.device, threads=1)
+        session = open_session(bundle, device=self._config.device, threads=1)
         self._scheduler = Scheduler(self._config, num_workers)
         # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do.
         self._changed = threading.Condition()
@@ -198,15 +198,15 @@ class Worker:
                 sequence.timings.queue_s = started_s - sequence.arrived_at_s
             try:
                 source_ids, lengths = pad_sources([s.source_ids for s in batch], self._session.pad_id)
-                encoded = self._session.encode(source_ids, lengths)  # [tensors, sources, heads, S, head_dim]
+                encoded = self._session.encode(source_ids, lengths)
             except Exception as error:
                 self._fail(batch, error)
                 continue
             encode_s = self._clock() - started_s
             self._observer.encoded(encode_s, len(batch), int(lengths.sum()))
-            for i, sequence in enumerate(batch):
+            for sequence, source in zip(batch, encoded, strict=True):
                 sequence.timings.encode_s = encode_s
-                self._lane_of(sequence).add(sequence, encoded[:, i])
+                self._lane_of(sequence).add(sequence, source)
         if admitted:
             self._report_use()
 

@@ -6,6 +6,8 @@ OnnxlateError
 ├── DeadlineExceededError    the request's time is over
 ├── RequestCancelledError    the caller has gone
 ├── ShuttingDownError        draining; another server may take it
+├── ModelLoadingError        the port is open, the model is not there yet
+├── RemoteError              a client's: the call failed in a way that has no class of its own
 ├── EngineError              a graph failed; the request's fault or not, it cannot be answered
 ├── BundleError              a bundle that cannot be served; lists every fault
 ├── CheckpointError          a checkpoint that cannot be read; lists every fault
@@ -62,6 +64,22 @@ class RequestCancelledError(OnnxlateError):
 
 class ShuttingDownError(OnnxlateError):
     """The engine no longer admits requests."""
+
+
+class ModelLoadingError(OnnxlateError):
+    """The port is open, but the model is not there yet."""
+
+
+class RemoteError(OnnxlateError):
+    """A call failed in a way that has no class of its own, for example because no server answers.
+
+    Attributes:
+        code: name of the gRPC status code, for example ``UNAVAILABLE``.
+    """
+
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(f"{code}: {details}")
+        self.code = code
 
 
 class EngineError(OnnxlateError):

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]  # it ships no py.typed
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from serving.errors import (
     DeadlineExceededError,
     InvalidRequestError,
+    ModelLoadingError,
     OverloadedError,
     RequestCancelledError,
     ShuttingDownError,
 )
 from serving.metrics import ServiceMetrics
-from serving.servicer import ModelLoadingError
 
 logger = logging.getLogger(__name__)
 

@@ -1,20 +1,27 @@
-"""The attention caches of one lane, in host memory.
+"""The attention caches of one lane: what a lane asks of them, and the ones in host memory.
 
 Knows arrays and positions; does not know the runtime, search, sequences or time. The decoder graph writes each row's new key
-and value in place; everything else that ever changes a cache is a method here.
+and value in place; everything else that ever changes a cache is a method here. ``device_cache.py`` has the caches in a
+device's memory.
 
 Axes: tensors are key and value of layer 0, of layer 1, and so on. Row = slot * width + beam.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from serving.search import Fork
+
+# A source's cross-attention keys and values, as the session's ``encode`` gives them: what it is, only the session and the
+# caches that it makes know.
+EncodedSource = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +39,8 @@ class CacheGeometry:
         return self.num_tensors * self.num_heads * self.head_dim * np.dtype(self.dtype).itemsize
 
 
-class LaneCache:
-    """Self-attention cache of every row and cross-attention cache of every source of a lane.
-
-    Memory is reserved for all slots at once and taken from the system page by page as positions are first written, so that
-    a lane costs what was used of it.
-    """
+class RowCache(ABC):
+    """Self-attention cache of every row and cross-attention cache of every source of a lane, wherever they are kept."""
 
     def __init__(
         self, geometry: CacheGeometry, *, num_slots: int, width: int, target_capacity: int, source_capacity: int
@@ -46,6 +49,43 @@ class LaneCache:
         self.width = width
         self.target_capacity = target_capacity
         self.source_capacity = source_capacity
+        self.source_lengths: NDArray[np.int32] = np.ones(num_slots, np.int32)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+
+    @abstractmethod
+    def write_source(self, slot: int, encoded: EncodedSource, length: int) -> None:
+        """Store a source of ``length`` tokens in a slot that is free."""
+
+    @abstractmethod
+    def copy_rows(self, forks: Iterable[Fork]) -> None:
+        """Give a hypothesis' past to a row that goes on from it."""
+
+    @abstractmethod
+    def move_source(self, from_slot: int, to_slot: int, num_positions: int) -> None:
+        """Move a source and the first ``num_positions`` of its rows into a slot that is free."""
+
+    @abstractmethod
+    def grow_target(self, target_capacity: int, num_slots_used: int) -> None:
+        """Make room for longer targets; keeps the rows of the first ``num_slots_used`` slots. The memory is new."""
+
+
+class LaneCache(RowCache):
+    """The caches in host memory; every change is made at once.
+
+    Memory is reserved for all slots at once and taken from the system page by page as positions are first written, so that
+    a lane costs what was used of it.
+    """
+
+    def __init__(
+        self, geometry: CacheGeometry, *, num_slots: int, width: int, target_capacity: int, source_capacity: int
+    ) -> None:
+        super().__init__(
+            geometry, num_slots=num_slots, width=width, target_capacity=target_capacity, source_capacity=source_capacity
+        )
         g = geometry
         # Zeros, not garbage: what lies beyond a row's length is masked by adding to its score, and must be finite for that.
         self.self_attention: NDArray[np.floating] = np.zeros(
@@ -54,7 +94,6 @@ class LaneCache:
         self.cross_attention: NDArray[np.floating] = np.zeros(
             (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype
         )
-        self.source_lengths: NDArray[np.int32] = np.ones(num_slots, np.int32)
 
     @property
     def nbytes(self) -> int:

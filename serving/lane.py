@@ -12,11 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serving.errors import EngineError
-from serving.kv_cache import LaneCache
+from serving.kv_cache import EncodedSource
 from serving.request import Hypothesis, Outcome, Sequence
 from serving.search import LaneSearch, make_lane_search
 from serving.session import LaneDecoder, ModelSession
@@ -62,12 +59,8 @@ class Lane:
         self._search: LaneSearch = make_lane_search(
             width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id
         )
-        self.cache = LaneCache(
-            session.geometry,
-            num_slots=num_slots,
-            width=width,
-            target_capacity=_FIRST_TARGET_CAPACITY,
-            source_capacity=source_capacity,
+        self.cache = session.make_cache(
+            num_slots=num_slots, width=width, target_capacity=_FIRST_TARGET_CAPACITY, source_capacity=source_capacity
         )
         self._decoder: LaneDecoder = session.bind(
             self.cache,
@@ -95,8 +88,8 @@ class Lane:
         """Sequences that have no token yet."""
         return [running.sequence for running in self._running if running.steps_before == self._steps]
 
-    def add(self, sequence: Sequence, encoded: NDArray[np.floating]) -> None:
-        """Give a source the next slot: encoded is its own [tensors, heads, at least its length, head_dim]."""
+    def add(self, sequence: Sequence, encoded: EncodedSource) -> None:
+        """Give a source the next slot: encoded is its own, of the session's ``encode``."""
         slot = len(self._running)
         self.cache.write_source(slot, encoded, len(sequence.source_ids))
         self._search.add(slot, sequence.options)

@@ -9,7 +9,7 @@ import math
 from typing import Any, TypeVar, cast
 
 import grpc
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # it ships no py.typed
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from serving.errors import (
@@ -17,23 +17,12 @@ from serving.errors import (
     InvalidRequestError,
     OnnxlateError,
     OverloadedError,
+    RemoteError,
     RequestCancelledError,
     ShuttingDownError,
 )
 
 _T = TypeVar("_T")
-
-
-class RemoteError(OnnxlateError):
-    """The call failed in a way that has no class of its own, for example because no server answers.
-
-    Attributes:
-        code: the gRPC status code.
-    """
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(f"{code.name}: {details}")
-        self.code = code
 
 
 def call_of(error: grpc.RpcError) -> grpc.Call:
@@ -81,4 +70,4 @@ def error_of(call: grpc.Call) -> OnnxlateError:
         return DeadlineExceededError(details)
     if code is grpc.StatusCode.CANCELLED:
         return RequestCancelledError(details)
-    return RemoteError(code, details)
+    return RemoteError(code.name, details)

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from serving.errors import OnnxlateError
+from serving.errors import ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.pb import translation_pb2_grpc as pb_grpc
 from serving.preparation import ModelDescription, RequestOptions, TextHypothesis, Translation
@@ -27,10 +27,6 @@ _FINISH_REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
-
-
-class ModelLoadingError(OnnxlateError):
-    """The port is open, but the model is not there yet."""
 
 
 class TranslationServicer(pb_grpc.TranslationServicer):

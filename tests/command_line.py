@@ -14,7 +14,8 @@ import pytest
 def commands_of(script: str) -> Iterator[list[str]]:
     """The words of each simple command of a shell script: without comments, redirections and assignments in front."""
     for line in script.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        # A number that touches a redirection is a file descriptor: 2>log, but not --beam-size 4 < in.txt.
+        lexer = shlex.shlex(re.sub(r"(?<=\s)\d+(?=[<>])", "", line), posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True
         lexer.commenters = "#"
         words: list[str] = []
@@ -22,8 +23,6 @@ def commands_of(script: str) -> Iterator[list[str]]:
         for token in tokens:
             if set(token) <= set("<>&") and set(token) & set("<>"):
                 next(tokens)
-                if words and words[-1].isdigit():
-                    del words[-1]
             elif set(token) <= set("|&;"):
                 yield from _command(words)
                 words = []

@@ -23,7 +23,7 @@ from tests import command_line
 
 ROOT = Path(__file__).parents[1]
 SERVING_MODULES = ["serving", *sorted(found.name for found in pkgutil.walk_packages(serving.__path__, "serving."))]
-PURE = ("serving.tokenizer", "serving.kv_cache", "serving.search", "serving.scheduler")
+PURE = ("serving.tokenizer", "serving.kv_cache", "serving.device_cache", "serving.search", "serving.scheduler")
 LOCKS = ("build", "dev", "export", "serve-cpu", "serve-gpu")
 MAKE_TARGETS = (
     "help",
@@ -33,7 +33,9 @@ MAKE_TARGETS = (
     "lint",
     "types",
     "test",
+    "test-peers",
     "test-all",
+    "test-gpu",
     "demo",
     "serve",
     "lock",

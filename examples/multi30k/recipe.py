@@ -17,14 +17,14 @@ class Recipe:
     vocab_size: int = 6000
     # Subword regularization (Kudo, 2018): each epoch segments anew; 0 takes the best segmentation only.
     sampling_alpha: float = 0.5
-    epochs: int = 40
+    epochs: int = 30
     # Padded target tokens of one optimizer step.
-    batch_tokens: int = 1000
+    batch_tokens: int = 2000
     # Paper, 5.3: lr = factor * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), Adam 0.9 / 0.98 / 1e-9.
-    warmup_steps: int = 2000
-    learning_rate_factor: float = 0.8
+    warmup_steps: int = 600
+    learning_rate_factor: float = 0.3
     label_smoothing: float = 0.1
-    dropout: float = 0.2
+    dropout: float = 0.15
     max_gradient_norm: float = 1.0
     # The shipped weights are the mean of the last so many epochs' (6.1).
     averaged_epochs: int = 10

@@ -87,7 +87,7 @@ class LaneSearch(ABC):
         Args:
             num_slots: slots in use.
             candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first.
-            candidate_log_probs: [num_slots, W, K], the logarithm of their probability over the whole vocabulary.
+            candidate_log_probs: [num_slots, W, K], the logarithm of their probability among all tokens that may be decoded.
         """
 
     @abstractmethod

@@ -15,12 +15,12 @@ from serving.errors import (
     EngineError,
     InvalidRequestError,
     OverloadedError,
+    RemoteError,
     RequestCancelledError,
     ShuttingDownError,
 )
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel
-from serving.remote_errors import RemoteError
 from serving.request import Outcome
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold
 from tests.servers import LOCAL, Running, running_server
@@ -217,7 +217,7 @@ def test_a_server_that_fails_tells_no_more_than_an_id(
     engine.script = lambda _: Outcome(error=EngineError("/secret/path"))
     with pytest.raises(RemoteError, match=r"^INTERNAL: internal error [0-9a-f]{32}$") as raised:
         client.translate(["a"])
-    assert raised.value.code is grpc.StatusCode.INTERNAL
+    assert raised.value.code == "INTERNAL"
 
 
 def test_a_closed_stream_leaves_nothing_in_the_engine(client: TranslationClient, engine: ScriptedEngine) -> None:
@@ -263,7 +263,7 @@ def test_where_nobody_listens_it_tries_and_says_so(dead_address: str, sleeper: S
         pytest.raises(RemoteError, match="UNAVAILABLE") as raised,
     ):
         client.translate(["a"])
-    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    assert raised.value.code == "UNAVAILABLE"
     assert len(sleeper.slept_s) == 2
 
 
@@ -278,7 +278,7 @@ def test_a_timeout_that_grpc_would_take_for_none_is_refused(client: TranslationC
 def test_a_message_that_is_too_large_is_not_tried_again(client: TranslationClient, sleeper: Sleeper) -> None:
     with pytest.raises(RemoteError, match="RESOURCE_EXHAUSTED") as raised:
         client.translate(["a" * (5 << 20)])
-    assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.code == "RESOURCE_EXHAUSTED"
     assert sleeper.slept_s == []
 
 

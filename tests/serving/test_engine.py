@@ -126,7 +126,7 @@ def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: De
     # A source's bucket follows from its own length alone, so it is part of what a source is.
     capacity = source_capacity(len(source_ids))
     cache = LaneCache(session.geometry, num_slots=1, width=1, target_capacity=200, source_capacity=capacity)
-    cache.write_source(0, encoded[:, 0], len(source_ids))
+    cache.write_source(0, encoded[0], len(source_ids))
     target_ids, positions = np.full((1, 1), session.decoder_start_id), np.zeros((1, 1), np.int32)
     decoder = session.bind(cache, target_ids, positions, 2)
     tokens: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # it ships no py.typed
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
@@ -17,6 +17,7 @@ from serving.errors import (
     DeadlineExceededError,
     EngineError,
     InvalidRequestError,
+    ModelLoadingError,
     OverloadedError,
     RequestCancelledError,
     ShuttingDownError,
@@ -24,7 +25,6 @@ from serving.errors import (
 from serving.interceptors import RequestInterceptor, status_of
 from serving.metrics import ServiceMetrics
 from serving.pb import translation_pb2 as pb
-from serving.servicer import ModelLoadingError
 from tests.fakes import PATIENCE_S
 
 SERVICE = "test.Service"

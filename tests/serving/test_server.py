@@ -22,12 +22,11 @@ from grpc_reflection.v1alpha import reflection_pb2
 from serving.bundle import Bundle
 from serving.client import RetryPolicy, TranslationClient
 from serving.config import EngineConfig, RequestLimits
-from serving.errors import BundleError, OverloadedError, ServerStartError, ShuttingDownError
+from serving.errors import BundleError, OverloadedError, RemoteError, ServerStartError, ShuttingDownError
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel, limits_of, load_model
 from serving.observer import NullObserver
 from serving.pb import translation_pb2 as pb
-from serving.remote_errors import RemoteError
 from serving.server import TranslationServer, _channel_options
 from serving.servicer import SERVICE_NAME
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from serving.errors import InvalidRequestError
+from serving.errors import InvalidRequestError, ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.preparation import RequestOptions
 from serving.request import FinishReason, Hypothesis, Outcome
-from serving.servicer import _FINISH_REASONS, SERVICE_NAME, ModelLoadingError, TranslationServicer
+from serving.servicer import _FINISH_REASONS, SERVICE_NAME, TranslationServicer
 from serving.translator import Translator
 from tests.fakes import FakeClock, ScriptedEngine, fake_model
 
