@@ -29,6 +29,8 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -Iserving/pb=protos
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
+# Written whole or not at all; make, interrupted, would take it from the rest of its bundle.
+.PRECIOUS: $(BUNDLE)/manifest.json
 .DEFAULT_GOAL := help
 .PHONY: help install protos format lint types test test-gpu test-peers test-all demo serve lock clean
 
@@ -39,8 +41,8 @@ install: $(INSTALLED)  ## Make .venv with everything in it; TORCH chooses the bu
 
 # Locked packages first, so that pip finds torch's own dependencies already there, at the locked versions, and adds only torch.
 $(INSTALLED): requirements/dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or later is needed; {sys.executable} is {sys.version}")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or later is needed; {sys.executable} is {sys.version}")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --require-hashes -r requirements/dev.txt
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
@@ -80,7 +82,7 @@ test-peers: $(INSTALLED)  ## Compare with Hugging Face transformers and CTransla
 test-all: lint types test  ## Everything that CI checks.
 
 # A bundle is one directory, written whole or not at all; its manifest stands for it.
-$(BUNDLE)/manifest.json: $(wildcard $(CHECKPOINT)/* export/*.py export/*/*.py) | $(INSTALLED)
+$(BUNDLE)/manifest.json: $(wildcard $(CHECKPOINT)/* export/*.py export/*/*.py) serving/bundle.py | $(INSTALLED)
 	$(BIN)/onnxlate export $(CHECKPOINT) $(BUNDLE) --precision $(PRECISION) --overwrite
 
 demo: $(BUNDLE)/manifest.json  ## Export the bundled model, serve it, translate a few sentences, stop.

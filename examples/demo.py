@@ -23,8 +23,8 @@ SENTENCES = (
     "A woman is playing the guitar on the street.",
     "People are repairing the roof of a house.",
 )
-_READY = re.compile(r"^serving (?P<model>\S+) on \S+?:(?P<port>\d+), metrics on \S+?:(?P<metrics>\d+)$")
-_LONGEST_STOP_S = 30.0
+_READY = re.compile(r"^serving (?P<model>.+) on \S+?:(?P<port>\d+), metrics on \S+?:(?P<metrics>\d+)$")
+_LONGEST_STOP_S = 90.0
 
 
 def start_server(bundle: Path) -> tuple[subprocess.Popen[str], int]:

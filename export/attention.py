@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _DOMAIN = "com.microsoft"
+# GroupQueryAttention takes heads whose width is a multiple of this.
+HEAD_DIM_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,7 +275,7 @@ def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:
     padded[:vocab_size] = weight
     bias = torch.full((columns,), NEVER, dtype=torch.float32)
     bias[:vocab_size] = 0.0 if model.output.bias is None else model.output.bias.detach().float()
-    bias[[i for i in (model.config.pad_id, model.config.decoder_start_id) if i != model.config.eos_id]] = NEVER
+    bias[model.config.never_decoded] = NEVER
     return padded, bias.to(weight.dtype) if weight.dtype is not torch.float16 else bias.clamp(min=-6e4).half()
 
 

@@ -85,6 +85,11 @@ class ModelConfig(BaseModel):
         return self
 
     @property
+    def never_decoded(self) -> list[int]:
+        """Tokens that no translation has: padding and start, unless one of them is the end-of-sentence token."""
+        return sorted({self.pad_id, self.decoder_start_id} - {self.eos_id})
+
+    @property
     def head_dim(self) -> int:
         """Width of one head: d_k = d_v = d_model / h (3.2.2)."""
         return self.d_model // self.num_heads

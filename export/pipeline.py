@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from export import verify
+from export.attention import HEAD_DIM_STEP
 from export.cache_graphs import cache_rows_graph
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.graphs import DecoderStepGraph, EncoderGraph, LinearFactory, max_candidates, plain_linear
@@ -34,7 +35,7 @@ from serving.bundle import (
     Provenance,
     SpecialIds,
 )
-from serving.errors import ServerStartError
+from serving.errors import ExportError, ServerStartError
 from serving.tokenizer import SentencePieceTokenizer
 
 # Sentences that the certificate is measured on.
@@ -59,11 +60,20 @@ def export_bundle(
     """
     check_destination(bundle, overwrite=overwrite)
     source = read_checkpoint(checkpoint)
+    if source.config.head_dim % HEAD_DIM_STEP:
+        raise ExportError(
+            f"d_model / num_heads is {source.config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
+        )
     model = build_model(source)
     sources = sample_sources(source)
     # Three traces for precisions that are made beside fp32, two otherwise; one pass over the sentences for each comparison.
     passes = 2 if precision == "fp32" else 3
-    with tqdm(total=5 + passes * len(sources), desc="reference", disable=None if show_progress else True, leave=False) as bar:
+    with tqdm(
+        total=(3 if precision == "fp32" else 5) + passes * len(sources),
+        desc="reference",
+        disable=None if show_progress else True,
+        leave=False,
+    ) as bar:
 
         def phase(name: str) -> None:
             bar.set_description(name)

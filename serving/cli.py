@@ -6,6 +6,7 @@ the commands need is imported when they run, because no install has all of it.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -24,12 +25,23 @@ if TYPE_CHECKING:
     from serving.client import RemoteTranslation
     from serving.preparation import RequestOptions, Translation
 
+
+class _Seconds(click.FloatRange):
+    """A range that "nan" is not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is not a number of seconds", param, ctx)
+        return seconds
+
+
 # Their fields are the options' defaults.
 _SERVER, _ENGINE, _LIMITS = ServerConfig(), EngineConfig(), RequestLimits()
 
 _DIRECTORY = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-_SECONDS = click.FloatRange(min=0, min_open=True)
+_SECONDS = _Seconds(min=0, min_open=True, max=86_400)
 _PRECISION = click.Choice(get_args(Precision))
 _PORT = click.IntRange(0, 65535)
 
@@ -164,7 +176,7 @@ def _by_server(
 
     # Tells at once that there is no server, or none of this kind; then a refusal is worth waiting for, within the timeout.
     with TranslationClient(address, timeout_s=timeout_s) as client:
-        client.model_info()
+        batch_size = min(batch_size, client.model_info().max_texts_per_request)
     decoding = {option.name: getattr(options, option.name) for option in fields(options)}
     with TranslationClient(address, timeout_s=timeout_s, retry=RetryPolicy(max_attempts=1000)) as client:
 

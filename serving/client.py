@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
-from serving.errors import DeadlineExceededError, InvalidRequestError
+from serving.errors import DeadlineExceededError, InvalidRequestError, RemoteError
 from serving.pb import translation_pb2 as pb
 from serving.remote_errors import call_of, error_of, server_wait_s
 
 _T = TypeVar("_T")
+
+_LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$")
 
 _SERVICE: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
 _FINISH_REASONS = {pb.FINISH_REASON_EOS: "eos", pb.FINISH_REASON_LENGTH: "length"}
@@ -143,6 +146,8 @@ class TranslationClient:
             options=[
                 # gRPC's own retries do not read RetryInfo, and they would multiply with ours.
                 ("grpc.enable_retries", 0),
+                # A proxy named in the environment is not for this machine itself.
+                ("grpc.enable_http_proxy", int(not _LOOPBACK.match(target))),
                 ("grpc.max_receive_message_length", 64 << 20),
                 ("grpc.keepalive_time_ms", 60_000),
                 # While a server is coming up: the defaults grow to two minutes.
@@ -311,6 +316,7 @@ class TranslationClient:
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     call.cancel()
                     return
+            raise RemoteError("UNAVAILABLE", "the server ended its health watch without being ready")
 
         try:
             self._call(watch, timeout_s)

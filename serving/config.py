@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs this process may use: the least of its affinity and its cgroup's quota, at least 1.
+    """CPUs this process may use: the least of its affinity and its (version 2) cgroup's quota, at least 1.
 
     ONNX Runtime counts the host's cores; in a container with a quota that is too many.
     """
@@ -43,6 +43,11 @@ class EngineConfig:
     # Source tokens that may wait.
     max_waiting_tokens: int = 131_072
 
+    @property
+    def num_workers(self) -> int:
+        """Workers: one for each CPU thread, or one for the GPU."""
+        return self.threads if self.device == "cpu" else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
@@ -53,8 +58,8 @@ class RequestLimits:
     # Longest request, whatever deadline its client set; a client may set none.
     max_request_s: float = 60.0
     # Lowered to what the model's positions allow.
-    max_source_tokens: int = 512
-    max_target_tokens: int = 512
+    max_source_tokens: int = 1024
+    max_target_tokens: int = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,4 +72,4 @@ class ServerConfig:
     metrics_port: int = 8002
     reflection: bool = False
     # After SIGTERM, admitted requests get so long to finish.
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: float = 60.0

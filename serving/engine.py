@@ -48,8 +48,7 @@ class Engine:
         self._config = config or EngineConfig()
         self._observer = observer or NullObserver()
         self._clock = clock
-        on_cpu = self._config.device == "cpu"
-        num_workers = self._config.threads if on_cpu else 1
+        num_workers = self._config.num_workers
         session = open_session(bundle, device=self._config.device, threads=1)
         self._scheduler = Scheduler(self._config, num_workers)
         # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do.
@@ -61,6 +60,15 @@ class Engine:
         """Start the workers."""
         for worker in self._workers:
             worker.thread.start()
+
+    def check_room(self, num_sequences: int) -> None:
+        """Whether so many sequences would be admitted now; ``submit`` has the last word.
+
+        Raises:
+            ShuttingDownError, OverloadedError: as ``submit``.
+        """
+        with self._changed:
+            self._scheduler.check_room(num_sequences)
 
     def submit(self, sequences: AbstractSequence[Sequence]) -> None:
         """Queue all of a request's sequences, or none; returns at once.
@@ -175,6 +183,8 @@ class Worker:
         self._session = session
         # By (beam width, source capacity), the one used last at the end.
         self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
+        # Taken from the scheduler and not delivered yet.
+        self._held: set[Sequence] = set()
 
     @property
     def is_running(self) -> bool:
@@ -183,12 +193,16 @@ class Worker:
 
     def _run(self) -> None:
         while (admitted := self._engine.next_admission(self)) is not None:
-            self._encode(admitted)
-            for lane in [lane for lane in self._lanes.values() if lane.num_rows]:
-                self._drop_dead(lane)
-                self._step(lane)
-            self._forget_empty_lanes()
-        self._abandon(self._lanes.values(), ShuttingDownError("the server is shutting down"))
+            self._held.update(admitted)
+            try:
+                self._encode(admitted)
+                for lane in [lane for lane in self._lanes.values() if lane.num_rows]:
+                    self._drop_dead(lane)
+                    self._step(lane)
+                self._forget_empty_lanes()
+            except Exception as error:  # nobody foresaw it: what this worker holds is told, and it goes on with nothing
+                self._start_over(error)
+        self._abandon(ShuttingDownError("the server is shutting down"))
 
     def _encode(self, admitted: list[Sequence]) -> None:
         """Encode what was admitted, in batches of alike lengths, and give each source its slot."""
@@ -225,7 +239,7 @@ class Worker:
         self._observer.stepped(now_s - started_s, rows)
         for sequence in fresh:
             self._observer.first_token(now_s - sequence.arrived_at_s)
-        self._engine.deliver(self, finished)
+        self._deliver(finished)
         if finished:
             self._report_use()
 
@@ -233,7 +247,7 @@ class Worker:
         """Free the rows of sequences that were cancelled or have expired."""
         now_s = self._clock()
         if any(s.cancelled or s.expires_at_s <= now_s for s in lane.sequences):
-            self._engine.deliver(self, lane.drop(lambda sequence: reason_to_leave(sequence, now_s)))
+            self._deliver(lane.drop(lambda sequence: reason_to_leave(sequence, now_s)))
             self._report_use()
 
     def _lane_of(self, sequence: Sequence) -> Lane:
@@ -255,18 +269,25 @@ class Worker:
         if len(self._lanes) <= _EMPTY_LANES_KEPT:
             return
         empty = [key for key, lane in self._lanes.items() if not lane.num_rows]
-        for key in empty[: len(empty) - _EMPTY_LANES_KEPT]:
+        forgotten = empty[: max(0, len(empty) - _EMPTY_LANES_KEPT)]
+        for key in forgotten:
             del self._lanes[key]
+        if forgotten:
+            self._report_use()
 
     def _report_use(self) -> None:
         self._observer.rows_in_use(self.number, sum(lane.num_rows for lane in self._lanes.values()))
         self._observer.cache_bytes(self.number, sum(lane.cache.nbytes for lane in self._lanes.values()))
 
+    def _deliver(self, outcomes: list[tuple[Sequence, Outcome]]) -> None:
+        self._held.difference_update(sequence for sequence, _ in outcomes)
+        self._engine.deliver(self, outcomes)
+
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """A graph failed: those that were in it are told, everybody else goes on."""
         _log.error("worker %d: a graph failed", self.number, exc_info=error)
         told = error if isinstance(error, EngineError) else EngineError(f"decoding failed: {error}")
-        self._engine.deliver(self, [(s, Outcome(timings=s.timings, error=told)) for s in sequences])
+        self._deliver([(s, Outcome(timings=s.timings, error=told)) for s in sequences])
 
     def _discard(self, lane: Lane, error: Exception) -> None:
         """A lane whose step failed has caches in no defined state; the next source like its own gets a new one."""
@@ -274,10 +295,16 @@ class Worker:
         self._fail(lane.sequences, error)
         self._report_use()
 
-    def _abandon(self, lanes: Iterable[Lane], error: Exception) -> None:
+    def _start_over(self, error: Exception) -> None:
+        """Give up everything that this worker holds, in whatever state it is."""
+        self._lanes.clear()
+        self._fail(list(self._held), error)
+        self._report_use()
+
+    def _abandon(self, error: Exception) -> None:
         """The engine stops at once."""
-        for lane in lanes:
-            self._engine.deliver(self, lane.drop(lambda _: error))
+        for lane in self._lanes.values():
+            self._deliver(lane.drop(lambda _: error))
 
 
 def _reason_label(error: Exception | None) -> str:

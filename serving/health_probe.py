@@ -36,7 +36,14 @@ def fault(address: str, timeout_s: float) -> str | None:
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(1, 65535), default=ServerConfig().port, show_default=True, help="The gRPC port.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=ServerConfig().port,
+    envvar="ONNXLATE_SERVE_PORT",  # the server's own
+    show_default=True,
+    help="The gRPC port.",
+)
 @click.option(
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True, help="Longest wait for the answer."
 )

@@ -124,8 +124,12 @@ class RequestInterceptor(_ServerInterceptor):
     refuses (a cut message, text that is not UTF-8), where INVALID_ARGUMENT is right.
     """
 
-    def __init__(self, services: Collection[str], metrics: ServiceMetrics) -> None:
-        """Intercept the methods of ``services``, full names as in the protocol."""
+    def __init__(self, services: Collection[str], metrics: ServiceMetrics, *, longest_s: float) -> None:
+        """Intercept the methods of ``services``, full names as in the protocol.
+
+        A call ends after ``longest_s`` seconds whatever it waits for, a client that does not read among others.
+        """
+        self._longest_s = longest_s
         self._services = frozenset(services)
         self._metrics = metrics
         self._in_flight = 0
@@ -191,7 +195,8 @@ class RequestInterceptor(_ServerInterceptor):
             self._metrics.request_ended(method, code.name, time.monotonic() - started_at_s)
 
         try:
-            response = await work
+            async with asyncio.timeout(self._longest_s) as limit:
+                response = await work
         except grpc.aio.BaseError:
             # gRPC's own: the call is over (its client has gone, the server stopped) and cannot be written to.
             ended(grpc.StatusCode.CANCELLED)
@@ -207,11 +212,12 @@ class RequestInterceptor(_ServerInterceptor):
             # Nobody cancelled this call: something under it let a CancelledError out. Passed on, it would leave the client
             # hanging.
             status = status_of(error)
-        except Exception as error:
-            reason = _rejection(error)
+        except Exception as raised:
+            failure = DeadlineExceededError(str(raised)) if limit.expired() else raised
+            reason = _rejection(failure)
             if reason is not None:
                 self._metrics.rejected(reason)
-            status = status_of(error)
+            status = status_of(failure)
         else:
             ended(grpc.StatusCode.OK)
             return response

@@ -34,10 +34,6 @@ class CacheGeometry:
     head_dim: int
     dtype: DTypeLike = np.float32
 
-    def bytes_per_token(self) -> int:
-        """Bytes that one position of one row takes, in all tensors."""
-        return self.num_tensors * self.num_heads * self.head_dim * np.dtype(self.dtype).itemsize
-
 
 class RowCache(ABC):
     """Self-attention cache of every row and cross-attention cache of every source of a lane, wherever they are kept."""

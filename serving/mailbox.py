@@ -36,6 +36,7 @@ class Mailbox:
                 self._loop.call_soon_threadsafe(self._run)
             except RuntimeError:
                 self._calls.clear()
+                self._woken = False
 
     def _run(self) -> None:
         self._woken = False

@@ -79,7 +79,7 @@ def load_model(directory: Path, config: EngineConfig, limits: RequestLimits, obs
             precision=manifest.precision,
             device=config.device,
         ),
-        worker_rows=(config.max_rows_per_worker,) * (config.threads if config.device == "cpu" else 1),
+        worker_rows=(config.max_rows_per_worker,) * config.num_workers,
     )
 
 
@@ -91,7 +91,8 @@ def limits_of(manifest: Manifest, config: EngineConfig, limits: RequestLimits) -
     """
     widest = max(1, (manifest.limits.max_candidates - 1) // 2)
     return TranslationLimits(
-        max_texts_per_request=limits.max_texts_per_request,
+        # More would never fit into the queue.
+        max_texts_per_request=min(limits.max_texts_per_request, config.max_waiting_sequences),
         max_source_tokens=min(limits.max_source_tokens, manifest.limits.max_source_tokens),
         max_target_tokens=min(limits.max_target_tokens, manifest.limits.max_target_tokens),
         max_beam_size=min(limits.max_beam_size, widest, config.max_rows_per_worker),

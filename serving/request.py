@@ -78,6 +78,7 @@ class Sequence:
     # Called once, on a worker's thread, with what came of it.
     on_outcome: Callable[[Outcome], None]
     # Called on a worker's thread after each step with the new token, when somebody is streaming (greedy only).
+    # Must not raise: it runs in the middle of a step that others are in.
     on_token: Callable[[int], None] | None = None
     # Set by the caller's side at any time; the worker frees its rows at the next step.
     cancelled: bool = False

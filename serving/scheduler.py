@@ -63,14 +63,21 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return self._running == 0 and self.num_waiting == 0
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether new sequences are refused for good."""
-        return self._draining
-
     def has_work(self, worker: int) -> bool:
         """Whether ``take`` could hand this worker something."""
         return bool(self._waiting or self._assigned[worker])
+
+    def check_room(self, num_sequences: int) -> None:
+        """Whether so many sequences could be queued now, for who would rather know before preparing them.
+
+        Raises:
+            ShuttingDownError: draining.
+            OverloadedError: the queue has no room for so many; says when to try again.
+        """
+        if self._draining:
+            raise ShuttingDownError("the server is shutting down")
+        if self.num_waiting + num_sequences > self._config.max_waiting_sequences:
+            raise OverloadedError("queue_full", self._retry_after_s())
 
     def submit(self, sequences: AbstractSequence[Sequence]) -> None:
         """Queue all of a request's sequences, or none.
@@ -80,22 +87,19 @@ class Scheduler:
             InvalidRequestError: a beam is wider than a worker.
             OverloadedError: they do not fit into the queue; says when to try again.
         """
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down")
+        self.check_room(len(sequences))
         widest = max((s.num_rows for s in sequences), default=0)
         if widest > self._config.max_rows_per_worker:
             raise InvalidRequestError(
                 "options.beam_size", f"{widest} is more than the {self._config.max_rows_per_worker} rows of a worker"
             )
         tokens = sum(len(s.source_ids) for s in sequences)
-        if self.num_waiting + len(sequences) > self._config.max_waiting_sequences:
-            raise OverloadedError("queue_full", self._retry_after_s())
         # A request alone in the queue is always taken: it is within the limits of one request.
         if self._waiting_tokens and self._waiting_tokens + tokens > self._config.max_waiting_tokens:
             raise OverloadedError("queue_tokens", self._retry_after_s())
         self._waiting.extend(sequences)
         self._waiting_tokens += tokens
-        self._earliest_expiry_s = min(self._earliest_expiry_s, *(s.expires_at_s for s in sequences))
+        self._earliest_expiry_s = min([self._earliest_expiry_s, *(s.expires_at_s for s in sequences)])
 
     def cancel(self, sequences: AbstractSequence[Sequence]) -> None:
         """Nobody waits for these any more; they leave the queue, or their rows, at the next step."""
@@ -128,7 +132,8 @@ class Scheduler:
         if self._last_completion_s is not None:
             interval = now_s - self._last_completion_s
             self._completion_interval_s += _RATE_SMOOTHING * (interval - self._completion_interval_s)
-        self._last_completion_s = now_s
+        # Time in which there is nothing to do says nothing of the pace.
+        self._last_completion_s = None if self.is_idle else now_s
 
     def drain(self) -> None:
         """Admit no new sequences; those that wait still run."""

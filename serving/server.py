@@ -68,7 +68,7 @@ class TranslationServer:
         self._load = load
         self._metrics = ServiceMetrics(registry := CollectorRegistry())
         self._registry = registry
-        self._interceptor = RequestInterceptor([SERVICE_NAME], self._metrics)
+        self._interceptor = RequestInterceptor([SERVICE_NAME], self._metrics, longest_s=limits.max_request_s + _LAST_ANSWERS_S)
         self._servicer = TranslationServicer()
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs are older than asyncio
         self._server: grpc.aio.Server | None = None
@@ -149,16 +149,20 @@ class TranslationServer:
 
         The ports stay open until the end: load balancers read NOT_SERVING there, and clients a refusal that says so.
         """
-        await self._health.enter_graceful_shutdown()
         if self._model is not None:
             self._model.engine.drain()
         logger.info("draining: %d requests in flight", self._interceptor.in_flight)
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
+                # Within the timeout too: it waits for health watchers, and one of them may not be reading.
+                await self._health.enter_graceful_shutdown()
                 await self._interceptor.wait_idle()
         except TimeoutError:
             unfinished = self._interceptor.in_flight
             logger.warning("%d requests did not finish in %g s", unfinished, self._config.drain_timeout_s)
+            if self._model is not None:
+                # So that they are told why, and that another server may take them.
+                await asyncio.to_thread(self._model.engine.close)
 
     async def stop(self) -> None:
         """Close everything; requests still in flight are cancelled. Once is enough, twice is harmless."""

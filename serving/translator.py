@@ -26,6 +26,9 @@ _SLICE_S = 0.002
 class DecodingEngine(Protocol):
     """What the translator needs of the engine. None of it blocks."""
 
+    def check_room(self, num_sequences: int) -> None:
+        """Whether so many would be admitted now; raises as ``submit``, which has the last word."""
+
     def submit(self, sequences: Sequence_[Sequence]) -> None:
         """Admit all of them or none; raises OverloadedError or ShuttingDownError."""
 
@@ -103,6 +106,8 @@ class Translator:
         preparer.check_languages(command.source_language, command.target_language)
         preparer.check_options(command.options)
         preparer.check_count(len(command.texts))
+        # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
+        self._engine.check_room(len(command.texts))
         turn = _Turn(self._clock)
         sources = []
         for index, text in enumerate(command.texts):

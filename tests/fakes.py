@@ -84,12 +84,16 @@ class ScriptedEngine:
         self.started = True
         self._thread.start()
 
-    def submit(self, sequences: Sequence_[Sequence]) -> None:
+    def check_room(self, num_sequences: int) -> None:
         with self._changed:
             if self.refusal is not None:
                 raise self.refusal
             if self.draining:
                 raise ShuttingDownError("the server is shutting down")
+
+    def submit(self, sequences: Sequence_[Sequence]) -> None:
+        self.check_room(len(sequences))
+        with self._changed:
             self.submitted.extend(sequences)
             self.running.extend(sequences)
             self.most_running = max(self.most_running, len(self.running))

@@ -1,7 +1,7 @@
 """Train the bundled checkpoint: ``python -m examples.multi30k.train --data DIR --work DIR``.
 
-Resumable: every epoch ends with its weights and the optimizer's state on disk, and an epoch's randomness depends on the
-seed and its number alone, so a run that was stopped goes on as if it had not been.
+Resumable: every epoch ends with its weights and the optimizer's state on disk. Batches and dropout depend on the seed and the
+epoch's number alone; SentencePiece's sampling of segmentations does not repeat from process to process, whatever its seed.
 """
 
 from __future__ import annotations

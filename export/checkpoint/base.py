@@ -25,6 +25,7 @@ from serving.errors import CheckpointError
 _TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
 _SOURCE_EMBEDDING = "encoder.embedding.tokens.weight"
 _OUTPUT = "output.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor that is missing, extra, misshapen, of no floating type or not finite; empty when all is well."""
+    """Every tensor that is missing, extra, misshapen, of another type or not finite; empty when all is well."""
     expected = expected_shapes(config)
     shared = shared_names(config)
     faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors]
@@ -91,8 +92,8 @@ def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[st
             faults.append(f"{name}: extra {found}")
         elif tuple(found) != expected[name]:
             faults.append(f"{name}: shape {found}, expected {list(expected[name])}")
-        elif not tensor.is_floating_point():
-            faults.append(f"{name}: {tensor.dtype} is no floating type")
+        elif tensor.dtype not in _DTYPES:
+            faults.append(f"{name}: of type {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         elif bad := int((~torch.isfinite(tensor)).sum()):
             faults.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
     return faults

@@ -285,6 +285,19 @@ def test_a_failing_encoder_fails_its_batch_and_nothing_else(one_worker: Engine, 
     assert one_worker.wait_idle(TIMEOUT_S)
 
 
+def test_what_nobody_foresaw_loses_no_sequence_and_no_worker(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = ((5, 6, 7, 3), DecodingOptions(max_target_tokens=3))
+    for place in ("add", "step"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Lane, place, lambda *_: 1 / 0)
+            waiter = Waiter()
+            sequences = [waiter.sequence(*work) for _ in range(3)]
+            one_worker.submit(sequences)
+            assert {type(outcome.error) for outcome in waiter.wait(sequences)} == {EngineError}
+        assert translate(one_worker, [work])[0].hypotheses
+    assert one_worker.wait_idle(TIMEOUT_S)
+
+
 def test_a_caller_that_raises_does_not_stop_the_worker(one_worker: Engine) -> None:
     def raising(_: Outcome) -> None:
         raise RuntimeError("the caller's own fault")
@@ -319,8 +332,15 @@ def test_closing_tells_everybody(one_worker: Engine, monkeypatch: pytest.MonkeyP
     sequences = [waiter.sequence((5, 6, 3), LONG) for _ in range(9)]
     one_worker.submit(sequences)
     gate.wait_for_step()
-    gate.let_steps_pass(1000)
-    one_worker.close()
+    closing = threading.Thread(target=one_worker.close)
+    closing.start()
+    while True:  # closing has begun once nothing more is admitted; the worker is still in its step
+        try:
+            one_worker.check_room(1)
+        except ShuttingDownError:
+            break
+    gate.let_steps_pass()
+    closing.join(TIMEOUT_S)
     assert {type(outcome.error) for outcome in waiter.wait(sequences)} == {ShuttingDownError}
 
 

@@ -124,7 +124,7 @@ async def service(
             response_serializer=pb.TranslateResponse.SerializeToString,
         ),
     }
-    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(registry or CollectorRegistry()))
+    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(registry or CollectorRegistry()), longest_s=PATIENCE_S)
     server = grpc.aio.server(interceptors=[interceptor])
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
@@ -288,7 +288,7 @@ async def test_a_generator_is_closed_when_its_client_leaves_between_two_messages
             response_serializer=pb.TranslateResponse.SerializeToString,
         )
     }
-    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()))
+    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()), longest_s=PATIENCE_S)
     server = grpc.aio.server(interceptors=[interceptor])
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
@@ -332,7 +332,7 @@ async def test_methods_nobody_knows_are_unimplemented_and_not_counted() -> None:
 
 
 async def test_other_services_pass_untouched() -> None:
-    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()))
+    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()), longest_s=PATIENCE_S)
     handler: Any = grpc.unary_unary_rpc_method_handler(fine)
 
     async def continuation(details: Any) -> Any:

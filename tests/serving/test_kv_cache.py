@@ -24,7 +24,6 @@ def test_sizes(cache: LaneCache) -> None:
     assert cache.self_attention.shape == (4, 6, 2, 5, 8)
     assert cache.cross_attention.shape == (4, 3, 2, 7, 8)
     assert cache.nbytes == 4 * (4 * 6 * 2 * 5 * 8 + 4 * 3 * 2 * 7 * 8)
-    assert cache.geometry.bytes_per_token() == 4 * 4 * 2 * 8
 
 
 def test_a_source_is_written_without_its_padding(cache: LaneCache) -> None:

@@ -173,6 +173,32 @@ def test_drop_all_empties_the_queue_and_keeps_the_running() -> None:
     assert scheduler.is_idle
 
 
+def test_idle_time_says_nothing_of_the_pace() -> None:
+    scheduler = Scheduler(config(max_waiting_sequences=4), 1)
+    for now in (0.0, 3600.0, 7200.0):
+        pair = [sequence(), sequence()]
+        scheduler.submit(pair)
+        scheduler.take(0, now)
+        scheduler.leave(0, pair[0], now)
+        scheduler.leave(0, pair[1], now + 0.01)
+    scheduler.submit([sequence() for _ in range(4)])
+    with pytest.raises(OverloadedError) as caught:
+        scheduler.check_room(1)
+    assert caught.value.retry_after_s < 0.1
+
+
+def test_room_is_checked_without_taking_any() -> None:
+    scheduler = Scheduler(config(max_waiting_sequences=2), 1)
+    scheduler.check_room(2)
+    scheduler.check_room(2)
+    with pytest.raises(OverloadedError, match="queue_full"):
+        scheduler.check_room(3)
+    scheduler.submit([])
+    scheduler.drain()
+    with pytest.raises(ShuttingDownError):
+        scheduler.check_room(0)
+
+
 def test_the_retry_time_follows_the_pace() -> None:
     scheduler = Scheduler(config(max_waiting_sequences=4), 1)
     now = 0.0

@@ -1,0 +1,171 @@
+"""The certificate and its gate, and the export around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export import pipeline, verify
+from export.checkpoint import read_checkpoint
+from export.graphs import EncoderGraph
+from export.model import Transformer
+from export.onnx_export import export_encoder
+from export.pipeline import export_bundle
+from serving.bundle import Bundle, Comparison
+from serving.errors import BundleError, CheckpointError, ExportError
+from serving.session import ModelSession
+from tests.support import TINY_VOCAB_SIZE, tiny_config, write_tiny_checkpoint
+
+SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(tiny_config()).eval()
+
+
+def comparison(difference: float = 0.0, agreement: float = 1.0, tolerance: float | None = 1e-3) -> Comparison:
+    return Comparison(reference="r", max_abs_logit_difference=difference, token_agreement=agreement, tolerance=tolerance)
+
+
+def test_references_are_the_models_own_greedy_translations(model: Transformer) -> None:
+    for reference, source in zip(verify.make_references(model, SOURCES), SOURCES, strict=True):
+        assert reference.source_ids == tuple(source)
+        assert reference.target_ids[0] == model.config.decoder_start_id
+        assert reference.logits.shape == (len(reference.target_ids), TINY_VOCAB_SIZE)
+        decodable = reference.logits.copy()
+        decodable[:, [model.config.pad_id, model.config.decoder_start_id]] = -np.inf
+        assert tuple(decodable.argmax(axis=1)[:-1]) == reference.target_ids[1:]
+
+
+def test_cached_pytorch_is_the_uncached_pass(model: Transformer) -> None:
+    references = verify.make_references(model, SOURCES)
+    measured = verify.compare(references, verify.pytorch_stepper(model), model.config, reference_name="r", tolerance=1e-3)
+    assert measured.max_abs_logit_difference < 1e-4
+    assert measured.token_agreement == 1
+
+
+def test_a_difference_is_found_where_it_is(model: Transformer) -> None:
+    references = verify.make_references(model, SOURCES)
+    exact = {reference.source_ids: reference.logits for reference in references}
+
+    def off_at_one_place(reference: verify.Reference) -> NDArray[np.float32]:
+        logits = exact[reference.source_ids].copy()
+        if reference is references[1]:
+            logits[0, 17] += 100.0
+        return logits
+
+    measured = verify.compare(references, off_at_one_place, model.config, reference_name="r", tolerance=1e-3)
+    positions = sum(len(reference.target_ids) for reference in references)
+    assert measured.max_abs_logit_difference == pytest.approx(100.0, rel=1e-5)
+    assert measured.token_agreement == pytest.approx((positions - 1) / positions)
+
+
+def test_logits_that_are_no_numbers_are_refused(model: Transformer) -> None:
+    references = verify.make_references(model, SOURCES)
+
+    def broken(reference: verify.Reference) -> NDArray[np.float32]:
+        logits = reference.logits.copy()
+        logits[-1, 20] = np.nan
+        return logits
+
+    with pytest.raises(ExportError, match="not finite"):
+        verify.compare(references, broken, model.config, reference_name="r", tolerance=None)
+
+
+def test_a_model_whose_own_logits_are_no_numbers_is_refused() -> None:
+    broken = Transformer(tiny_config()).eval()
+    with torch.no_grad():
+        broken.decoder.embedding.tokens.weight.fill_(3e38)
+    with pytest.raises(ExportError, match="the model's own logits are not finite"):
+        verify.make_references(broken, SOURCES)
+
+
+def test_heads_that_the_runtime_cannot_run_are_refused_before_any_work(tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", tiny_config(num_heads=4))
+    with pytest.raises(ExportError, match=r"d_model / num_heads is 4: .* multiple of 8"):
+        export_bundle(checkpoint, tmp_path / "bundle", show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (comparison(difference=2e-3), r"onnx_fp32: largest logit difference 2\.00e-03 \(tolerance 1e-03\)"),
+        (comparison(agreement=0.999), r"agreement 99\.9000% \(100 % is needed\)"),
+    ],
+    ids=["logits", "tokens"],
+)
+def test_the_gate_closes(measured: Comparison, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        verify.check({"cached_pytorch": comparison(), "onnx_fp32": measured})
+
+
+def test_the_gate_names_every_fault() -> None:
+    with pytest.raises(ExportError, match=r"(?s)cached_pytorch: .*onnx_fp32: "):
+        verify.check({"cached_pytorch": comparison(difference=1.0), "onnx_fp32": comparison(agreement=0.5)})
+
+
+def test_the_gate_lets_pass_what_is_close_or_only_measured() -> None:
+    verify.check({"onnx_fp32": comparison(difference=1e-3), "onnx_int8": comparison(0.3, 0.9, tolerance=None)})
+
+
+def test_a_graph_that_is_not_the_model_is_not_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder that is traced has other weights than the model: the real gate sees it, and nothing is written."""
+    torch.manual_seed(1)
+    other = Transformer(tiny_config()).eval()
+    monkeypatch.setattr(pipeline, "export_encoder", lambda _: export_encoder(EncoderGraph(other)))
+    with pytest.raises(ExportError, match=r"nothing was written:\n  onnx_fp32: largest logit difference"):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_says_how_far_it_is_from_the_model(tiny_bundle: Bundle) -> None:
+    certificate = tiny_bundle.manifest.certificate
+    gated = {"cached_pytorch", "onnx_fp32"}
+    assert set(certificate.comparisons) == gated | ({"onnx_int8"} if tiny_bundle.manifest.precision == "int8" else set())
+    for name in gated:
+        assert certificate.comparisons[name].tolerance == 1e-3
+        assert certificate.comparisons[name].max_abs_logit_difference <= 1e-3
+        assert certificate.comparisons[name].token_agreement == 1
+    if "onnx_int8" in certificate.comparisons:
+        int8 = certificate.comparisons["onnx_int8"]
+        assert int8.tolerance is None
+        assert int8.max_abs_logit_difference > certificate.comparisons["onnx_fp32"].max_abs_logit_difference
+    assert certificate.decoded_tokens >= certificate.sentences > 0
+
+
+def test_without_samples_sources_are_drawn_from_the_vocabulary(tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    (checkpoint / "samples.txt").unlink()
+    sources = pipeline.sample_sources(read_checkpoint(checkpoint))
+    assert len(sources) == 32
+    assert all(source[-1] == 3 and all(0 <= token < TINY_VOCAB_SIZE for token in source) for source in sources)
+
+
+def test_a_taken_place_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(ExportError, match="bundle"):
+        export_bundle(tmp_path / "no checkpoint is read", tmp_path / "bundle", show_progress=False)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        export_bundle(tmp_path / "nothing", tmp_path / "bundle", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_the_runtime_cannot_load_is_a_fault_of_the_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    for path in tiny_bundle.directory.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    (directory / "decoder.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="a graph cannot be loaded"):
+        ModelSession(Bundle(directory=directory, manifest=tiny_bundle.manifest))
