@@ -107,7 +107,9 @@ class Translator:
         preparer.check_options(command.options)
         preparer.check_count(len(command.texts))
         # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
-        self._engine.check_room(len(command.texts))
+        wanted = sum(1 for text in command.texts if text and not text.isspace())
+        if wanted:
+            self._engine.check_room(wanted)
         turn = _Turn(self._clock)
         sources = []
         for index, text in enumerate(command.texts):

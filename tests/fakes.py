@@ -113,6 +113,8 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.closed = True
+        for sequence in list(self.running):
+            self.end(sequence, Outcome(error=ShuttingDownError("the server is shutting down")))
         if self.started:
             self._deliveries.put(None)
             self._thread.join(PATIENCE_S)

@@ -169,14 +169,13 @@ def test_a_beam_of_any_width_that_the_model_allows_runs_offline(loaded: dict[str
 
 
 def test_a_refusal_of_the_server_is_waited_for(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.refusal = OverloadedError("queue_full", 0.0)
     refused = 0
 
     def submit(sequences: Any) -> None:
         nonlocal refused
         refused += 1
-        if refused == 3:
-            engine.refusal = None
+        if refused < 3:
+            raise OverloadedError("queue_full", 0.0)
         ScriptedEngine.submit(engine, sequences)
 
     monkeypatch.setattr(engine, "submit", submit)

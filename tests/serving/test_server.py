@@ -267,7 +267,7 @@ def test_a_drain_lets_what_was_admitted_finish_and_refuses_the_rest() -> None:
     assert answers == ["AB"]
 
 
-def test_a_drain_waits_no_longer_than_its_timeout_and_the_rest_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_drain_waits_no_longer_than_its_timeout_and_the_rest_is_told_why(caplog: pytest.LogCaptureFixture) -> None:
     engine = ScriptedEngine(hold)
     config = dataclasses.replace(LOCAL, drain_timeout_s=0.05)
     with running_server(engine, config=config) as server, grpc.insecure_channel(server.address) as channel:
@@ -275,12 +275,11 @@ def test_a_drain_waits_no_longer_than_its_timeout_and_the_rest_is_cancelled(capl
         future = call.future(pb.TranslateRequest(texts=["a"]))
         engine.wait_running(1)
         asyncio.run_coroutine_threadsafe(server.server.drain(), server.loop).result(PATIENCE_S)
-        assert len(engine.running) == 1
         asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop).result(PATIENCE_S)
         assert future.exception(PATIENCE_S) is not None
     assert "1 requests did not finish in 0.05 s" in caplog.text
     assert engine.running == []
-    assert future.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    assert future.code() is grpc.StatusCode.UNAVAILABLE
 
 
 # The process: signals and exit statuses.

@@ -253,7 +253,11 @@ async def test_an_outcome_that_comes_after_all_have_left_is_let_go(translator: T
     assert texts(await translator.translate(command("b"))) == [["B"]]
 
 
-async def test_others_get_their_turn_while_a_long_request_is_tokenized(engine: ScriptedEngine) -> None:
+async def test_others_get_their_turn_while_a_long_request_is_tokenized(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There seems to be room at first, and then there is none.
+    monkeypatch.setattr(engine, "check_room", lambda _: None)
     clock = FakeClock()
     limits = fake_limits(max_texts_per_request=1000)
     turns = 0
@@ -276,11 +280,30 @@ async def test_others_get_their_turn_while_a_long_request_is_tokenized(engine: S
     slow = TextPreparer(tokenizer=SlowTokenizer(), eos_id=1, languages=(), limits=limits)
     translator = Translator(slow, engine, asyncio.get_running_loop(), clock=clock)
     task = asyncio.create_task(other())
-    engine.refusal = OverloadedError("queue_full", 1.0)
+
+    def refuse(_: Any) -> None:
+        raise OverloadedError("queue_full", 1.0)
+
+    monkeypatch.setattr(engine, "submit", refuse)
     with pytest.raises(OverloadedError):
         await translator.translate(command(*["a"] * 100))
     task.cancel()
     assert turns >= 25
+
+
+async def test_without_room_nothing_is_tokenized(engine: ScriptedEngine) -> None:
+    class NoTokenizer:
+        def encode(self, text: str) -> list[int]:
+            raise AssertionError("tokenized")
+
+        def decode(self, ids: Any) -> str:
+            raise AssertionError("decoded")
+
+    preparer = TextPreparer(tokenizer=NoTokenizer(), eos_id=1, languages=(), limits=fake_limits())
+    translator = Translator(preparer, engine, asyncio.get_running_loop())
+    engine.refusal = OverloadedError("queue_full", 1.0)
+    with pytest.raises(OverloadedError):
+        await translator.translate(command("a"))
 
 
 # Streams.
