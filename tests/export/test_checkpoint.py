@@ -284,7 +284,8 @@ SPOILT = {
     "output.weight: extra [64, 16]; it is shared, and stored as decoder.embedding.tokens.weight only",
     "decoder.layers.0.feed_forward.outer.weight: shape [24, 16], expected [16, 24]",
     "encoder.layers.0.feed_forward.outer.bias: 2 of 16 values are not finite",
-    "encoder.layers.0.feed_forward.inner.bias: torch.int64 is no floating type",
+    "encoder.layers.0.feed_forward.inner.bias: of type torch.int64, "
+    "expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64",
 }
 
 
