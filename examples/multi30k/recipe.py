@@ -17,7 +17,7 @@ class Recipe:
     vocab_size: int = 6000
     # Subword regularization (Kudo, 2018): each epoch segments anew; 0 takes the best segmentation only.
     sampling_alpha: float = 0.5
-    epochs: int = 30
+    epochs: int = 20
     # Padded target tokens of one optimizer step.
     batch_tokens: int = 2000
     # Paper, 5.3: lr = factor * d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), Adam 0.9 / 0.98 / 1e-9.
@@ -27,7 +27,7 @@ class Recipe:
     dropout: float = 0.15
     max_gradient_norm: float = 1.0
     # The shipped weights are the mean of the last so many epochs' (6.1).
-    averaged_epochs: int = 10
+    averaged_epochs: int = 4
     # BLEU on the validation set every so many epochs, for the learning curve.
     bleu_every_epochs: int = 5
 
