@@ -30,31 +30,14 @@ class StepLengths:
 def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
     """Bidirectional attention within each source: [B, S, d_model] each, lengths [B] int32 -> [B, S, d_model]."""
     if torch.onnx.is_in_onnx_export():
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::MultiHeadAttention",
-            (query, key, value, None, lengths),
-            {"num_heads": num_heads},
-            dtype=query.dtype,
-            shape=query.shape,
-            version=1,
-        )
+        return _multi_head_attention(query, key, value, lengths, num_heads)
     return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths)
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, source_lengths: Tensor, num_heads: int) -> Tensor:
-    """Query [B, W, d_model]; key, value [B, h, S, head_dim]; source_lengths [B] int32 -> [B, W, d_model].
-
-    Lengths are 1-D on purpose: a 2-D mask falls to a slow kernel on CUDA.
-    """
+    """Query [B, W, d_model]; key, value [B, h, S, head_dim]; source_lengths [B] int32 -> [B, W, d_model]."""
     if torch.onnx.is_in_onnx_export():
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::MultiHeadAttention",
-            (query, key, value, None, source_lengths),
-            {"num_heads": num_heads},
-            dtype=query.dtype,
-            shape=query.shape,
-            version=1,
-        )
+        return _multi_head_attention(query, key, value, source_lengths, num_heads)
     return _attend(_split(query, num_heads), key, value, source_lengths)
 
 
@@ -92,6 +75,21 @@ def append_and_attend(
         value_cache[row, :, step.positions] = value[:, :, 0]
         attended = _attend(query, key_cache, value_cache, step.positions + 1)
     return attended.reshape(sources, width, d_model), key_cache, value_cache
+
+
+def _multi_head_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
+    """The operator: keys and values [B, S, d_model] or [B, h, S, head_dim], of which the first ``lengths`` [B] count.
+
+    Lengths are 1-D on purpose: a 2-D mask falls to a slow kernel on CUDA.
+    """
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::MultiHeadAttention",
+        (query, key, value, None, lengths),
+        {"num_heads": num_heads},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:

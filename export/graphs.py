@@ -75,7 +75,8 @@ class GraphEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
-        return self.norm(F.embedding(ids, self.tokens) + F.embedding(positions, self.positions))  # type: ignore[no-any-return]
+        embedded: Tensor = self.norm(F.embedding(ids, self.tokens) + F.embedding(positions, self.positions))
+        return embedded
 
 
 class GraphFeedForward(nn.Module):
@@ -89,7 +90,8 @@ class GraphFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        return self.outer(activate(self.inner(x), self.activation))  # type: ignore[no-any-return]
+        x = self.outer(activate(self.inner(x), self.activation))
+        return x
 
 
 def _fused(linear: LinearFactory, *parts: nn.Linear) -> nn.Module:

@@ -152,7 +152,8 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self._split(self.query(queries)), self._split(self.key(memory)), self._split(self.value(memory))
         dropout_p = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        projected: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return projected
 
     def _split(self, x: Tensor) -> Tensor:
         """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
@@ -171,7 +172,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        return self.outer(self.dropout(activate(self.inner(x), self.activation)))  # type: ignore[no-any-return]
+        x = self.outer(self.dropout(activate(self.inner(x), self.activation)))
+        return x
 
 
 class Residual(nn.Module):
@@ -254,7 +256,8 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
         embedded = self.tokens(ids) * self.scale + self.position_table[positions]
-        return self.dropout(self.norm(embedded))  # type: ignore[no-any-return]
+        dropped: Tensor = self.dropout(self.norm(embedded))
+        return dropped
 
 
 class Encoder(nn.Module):
@@ -271,7 +274,8 @@ class Encoder(nn.Module):
         x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
         for layer in self.layers:
             x = layer(x, source_mask)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        states: Tensor = self.final_norm(x)
+        return states
 
 
 class Decoder(nn.Module):
@@ -289,7 +293,8 @@ class Decoder(nn.Module):
         target_mask = causal_mask(target_ids.shape[1], target_ids.device)
         for layer in self.layers:
             x = layer(x, target_mask, memory, source_mask)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        states: Tensor = self.final_norm(x)
+        return states
 
 
 class Transformer(nn.Module):
@@ -320,7 +325,8 @@ class Transformer(nn.Module):
         """
         source_mask = length_mask(source_lengths, source_ids.shape[1])
         memory = self.encoder(source_ids, source_mask)
-        return self.output(self.decoder(target_ids, memory, source_mask))  # type: ignore[no-any-return]
+        logits: Tensor = self.output(self.decoder(target_ids, memory, source_mask))
+        return logits
 
     def _initialize(self) -> None:
         """Xavier-uniform projections; embeddings of deviation 1/sqrt(d_model), so that scaled ones have deviation 1."""

@@ -66,7 +66,7 @@ def export_bundle(
         )
     model = build_model(source)
     sources = sample_sources(source)
-    # Three traces for precisions that are made beside fp32, two otherwise; one pass over the sentences for each comparison.
+    # A phase each for the reference, a trace, its comparison and the writing; one pass over the sentences for each comparison.
     passes = 2 if precision == "fp32" else 3
     with tqdm(
         total=(3 if precision == "fp32" else 5) + passes * len(sources),

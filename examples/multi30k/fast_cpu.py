@@ -6,6 +6,8 @@ temporary written twice, another third.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class OutputLoss(torch.autograd.Function):
     BLOCK = 256
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, next_ids: Tensor, smoothing: float):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, states: Tensor, weight: Tensor, next_ids: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """States [tokens, d_model], weight [V, d_model], next_ids [tokens] -> (smoothed loss, plain loss), means over tokens."""
         tokens, vocab = states.shape[0], weight.shape[0]
         narrow = weight.to(torch.bfloat16)
@@ -70,7 +72,7 @@ class OutputLoss(torch.autograd.Function):
         return states.new_tensor(smoothed / tokens), states.new_tensor(plain / tokens)
 
     @staticmethod
-    def backward(ctx, smoothed_gradient: Tensor, _plain_gradient: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, smoothed_gradient: Tensor, _plain_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Gradients of the smoothed loss; the plain one is for reporting."""
         states_gradient, weight_gradient = ctx.saved_tensors
         return states_gradient * smoothed_gradient, weight_gradient * smoothed_gradient, None, None
