@@ -12,6 +12,8 @@ PRECISION ?= int8
 # Further options of `onnxlate serve` and of `uv pip compile` (for example --upgrade).
 SERVE_FLAGS ?=
 LOCK_FLAGS ?=
+# Options of `python -m benchmarks`, for example --full or --only offline,bound; its --help lists them.
+BENCH_FLAGS ?= --quick
 
 TORCH_PIN := torch==2.13.0
 UV_PIN := uv==0.13.8
@@ -32,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Written whole or not at all; make, interrupted, would take it from the rest of its bundle.
 .PRECIOUS: $(BUNDLE)/manifest.json
 .DEFAULT_GOAL := help
-.PHONY: help install protos format lint types test test-gpu test-peers test-all demo serve lock clean
+.PHONY: help install protos format lint types test test-gpu test-peers test-all bench bench-gpu demo serve lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -78,6 +80,16 @@ test-gpu: $(INSTALLED)  ## Run the tests that need a CUDA device; without one th
 test-peers: $(INSTALLED)  ## Compare with Hugging Face transformers and CTranslate2, which are installed first.
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[peers]'
 	$(BIN)/python -m pytest -rP --show-capture=stdout tests/peers
+
+# Not locked, as the peers of test-peers are not. Models and bundles are made once, in build/bench.
+bench: $(INSTALLED)  ## Measure beside other libraries, which are installed first; BENCH_FLAGS=--full measures everything.
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+# Like test-gpu, it needs onnxruntime-gpu in place of onnxruntime.
+bench-gpu: $(INSTALLED)  ## The same on a CUDA device, in fp16.
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m benchmarks --device cuda --only offline,growth $(BENCH_FLAGS)
 
 test-all: lint types test  ## Everything that CI checks.
 

@@ -4,7 +4,8 @@ Knows: how a trained ``Transformer`` is laid out for incremental decoding. The e
 values of every decoder layer; one decoder step reads them, appends to the self-attention cache in place and ends in each
 row's best candidates. While being traced the attention is ONNX Runtime's operators (``attention.py``); eagerly the same
 modules are the PyTorch reference of cached decoding.
-Does not know: files, tokenizers, tolerances, how products are quantized (``quantize.py`` hands in the linear layers).
+Does not know: files, tokenizers, tolerances, how products are quantized (``quantize.py`` hands in the linear layers), or how
+scales are found (``calibration.py``).
 
 Shapes: a lane has B sources with W hypotheses each; R = B * W rows. S: source capacity, C: target capacity, h: heads.
 """
@@ -28,6 +29,7 @@ from export.model import (
     Transformer,
     activate,
 )
+from export.quantize import to_int8
 
 # (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
@@ -139,6 +141,8 @@ class EncoderGraph(nn.Module):
         # One product makes the keys and values of all layers: the memory is read, and quantized, once.
         self.cross = _fused(linear, *(part for cross in crosses for part in (cross.key, cross.value)))
         self.num_tensors = 2 * len(crosses)
+        # Whether ``cross`` makes keys and values in units of their scales, to be rounded to bytes.
+        self.cross_is_int8 = False
 
     def forward(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
         """Encode a batch.
@@ -155,8 +159,27 @@ class EncoderGraph(nn.Module):
         for layer in self.layers:
             x = layer(x, source_lengths)
         cross = self.cross(self.final_norm(x))  # [B, S, tensors * d_model]
+        if self.cross_is_int8:
+            cross = to_int8(cross)
         split = torch.unflatten(cross, 2, (self.num_tensors, self.num_heads, self.head_dim))
         return split.permute(2, 0, 3, 1, 4).contiguous()
+
+
+class CacheScaleBuffers(nn.Module):
+    """Scales of an int8 cache, as constants of the graph."""
+
+    key: Tensor
+    value: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, num_heads: int) -> None:
+        """Of each channel: [d_model]."""
+        super().__init__()
+        self.register_buffer("key", key.reshape(1, num_heads, 1, -1))
+        self.register_buffer("value", value.reshape(1, num_heads, 1, -1))
+
+    def both(self) -> attention.CacheScales:
+        """As the attention takes them."""
+        return attention.CacheScales(self.key, self.value)
 
 
 class GraphDecoderLayer(nn.Module):
@@ -174,23 +197,31 @@ class GraphDecoderLayer(nn.Module):
         self.cross_residual = layer.cross_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
+        self.self_scales: CacheScaleBuffers | None = None
+        self.cross_scales: CacheScaleBuffers | None = None
 
     def forward(
-        self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor], *, ragged: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
 
         Returns:
-            X of the same shape, and the own cache with this step's keys and values.
+            X of the same shape, the own cache with this step's keys and values, and the cross cache as it was.
         """
         qkv = self.qkv(self.self_residual.enter(x))
-        attended, key, value = attention.append_and_attend(qkv, step, *own, self.num_heads)
+        own_scales = None if self.self_scales is None else self.self_scales.both()
+        attended, *own_after = attention.append_and_attend(qkv, step, *own, self.num_heads, own_scales)
         x = self.self_residual.leave(x, self.self_output(attended))
         query = self.cross_query(self.cross_residual.enter(x))
-        # A source's hypotheses are the query's sequence: its keys and values are read once for all of them.
-        x = self.cross_residual.leave(x, self.cross_output(attention.cross_attention(query, *cross, step.source, self.num_heads)))
+        # A source's keys and values are read once for all of its hypotheses.
+        if ragged:
+            scales = None if self.cross_scales is None else self.cross_scales.both()
+            attended, *cross_after = attention.ragged_cross_attention(query, *cross, step, self.num_heads, scales)
+        else:
+            attended, cross_after = attention.padded_cross_attention(query, *cross, step, self.num_heads), list(cross)
+        x = self.cross_residual.leave(x, self.cross_output(attended))
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
-        return x, key, value
+        return x, (own_after[0], own_after[1]), (cross_after[0], cross_after[1])
 
 
 class Candidates(nn.Module):
@@ -223,9 +254,18 @@ class Candidates(nn.Module):
 class DecoderStepGraph(nn.Module):
     """One decoder step of every row of a lane."""
 
-    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear) -> None:
+    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear, *, ragged: bool = True) -> None:
+        """Lay out a model's decoder.
+
+        Args:
+            model: trained.
+            linear: makes the products.
+            ragged: whether a source costs its own length in cross-attention (on a CPU) or that of the longest beside it (CUDA
+                lacks kernels for the former).
+        """
         super().__init__()
         config = model.config
+        self.ragged = ragged
         self.embedding = GraphEmbedding(model.decoder.embedding)
         self.layers = nn.ModuleList(GraphDecoderLayer(_decoder_layer(x), config, linear) for x in model.decoder.layers)
         self.final_norm = model.decoder.final_norm
@@ -241,7 +281,7 @@ class DecoderStepGraph(nn.Module):
         candidate_ranks: Tensor,
         self_cache: list[Tensor],
         cross_cache: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
         """One step.
 
         Args:
@@ -255,18 +295,23 @@ class DecoderStepGraph(nn.Module):
 
         Returns:
             Candidate ids [B, W, k] int64, their log-probabilities [B, W, k] float32 (best first), the logits
-            [B, W, padded vocabulary] float32, and the self-attention cache.
+            [B, W, padded vocabulary] float32, the self-attention cache, and, from ragged graphs, the cross-attention cache as
+            it was: operators that append own their caches.
         """
-        step = attention.StepLengths(positions.reshape(-1), longest, source_lengths)
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
+        step = attention.StepLengths(
+            positions.reshape(-1), longest, source_lengths, source_lengths - 1, source_lengths.amax(dim=0), x[:, :0]
+        )
         appended: list[Tensor] = []
+        kept: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             at = slice(2 * i, 2 * i + 2)
-            x, key, value = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
-            appended += [key, value]
+            x, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]), ragged=self.ragged)
+            appended += own
+            kept += cross
         logits = self.output(self.final_norm(x)).float()
         ids, log_probs = self.candidates(logits, candidate_ranks.shape[0])
-        return ids, log_probs, logits, appended
+        return ids, log_probs, logits, appended, kept if self.ragged else []
 
 
 def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
+from export.beam_widths import expand_cross_attention
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
 
 # LayerNormalization (17) and everything else the graphs use; ONNX Runtime's own operators come from its domain. No later one:
 # its CUDA kernels of ReduceMax and Equal are for the versions that 18 has, and a graph with newer ones runs those on the CPU.
 OPSET = 18
+
+# Widest beam of a ragged decoder, which has a branch for each width.
+MAX_BEAM_SIZE = 16
 
 _ANY = torch.export.Dim.DYNAMIC
 
@@ -34,7 +39,7 @@ def export_encoder(graph: EncoderGraph) -> bytes:
         dynamic_shapes=({0: _ANY, 1: _ANY}, {0: _ANY}),
         input_names=["source_ids", "source_lengths"],
         output_names=["cross_cache"],
-    )
+    ).SerializeToString()
 
 
 def example_step(
@@ -55,11 +60,12 @@ def example_step(
     )
 
 
-def export_decoder(graph: DecoderStepGraph, config: ModelConfig, dtype: torch.dtype = torch.float32) -> bytes:
+def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> bytes:
     """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
 
     Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``self_cache.N``,
-    ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``, ``self_cache_appended.N``.
+    ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``, ``self_cache_appended.N`` and, of a
+    ragged graph, ``cross_cache_kept.N``: to be bound to the very memory of the caches that came in.
 
     Returns:
         The serialized ONNX model.
@@ -68,8 +74,8 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, dtype: torch.dt
     rows: dict[int, Any] = {0: _ANY, 1: _ANY}
     cache: dict[int, Any] = {0: _ANY, 2: _ANY}
     # Sizes of the example are all different, so that the tracer takes none for another.
-    example = example_step(config, sources=3, width=2, source_capacity=7, target_capacity=11, dtype=dtype)
-    return _trace(
+    example = example_step(config, sources=3, width=2, source_capacity=7, target_capacity=11, dtype=cache_dtype)
+    model = _trace(
         graph,
         example,
         dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, [cache] * tensors, [cache] * tensors),
@@ -81,8 +87,12 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, dtype: torch.dt
         output_names=[
             *("candidate_ids", "candidate_log_probs", "logits"),
             *(f"self_cache_appended.{i}" for i in range(tensors)),
+            *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.ragged),
         ],
     )
+    if graph.ragged:
+        expand_cross_attention(model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
+    return model.SerializeToString()
 
 
 def _trace(
@@ -92,7 +102,7 @@ def _trace(
     dynamic_shapes: Any,
     input_names: list[str],
     output_names: list[str],
-) -> bytes:
+) -> ModelProto:
     with _quiet():
         program = torch.onnx.export(
             graph.eval(),
@@ -105,7 +115,7 @@ def _trace(
             verbose=False,
         )
         assert program is not None
-    return program.model_proto.SerializeToString()
+    return program.model_proto
 
 
 @contextmanager

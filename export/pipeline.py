@@ -14,11 +14,11 @@ from tqdm import tqdm
 from export import verify
 from export.attention import HEAD_DIM_STEP
 from export.cache_graphs import cache_rows_graph
+from export.calibration import calibrated_graphs
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
-from export.graphs import DecoderStepGraph, EncoderGraph, LinearFactory, max_candidates, plain_linear
+from export.graphs import DecoderStepGraph, EncoderGraph, max_candidates
 from export.model import Transformer
-from export.onnx_export import OPSET, export_decoder, export_encoder
-from export.quantize import PerRowInt8Linear
+from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
 from export.writer import check_destination, write_bundle
 from serving.bundle import (
     CACHE_ROWS_NAME,
@@ -36,7 +36,7 @@ from serving.bundle import (
     SpecialIds,
 )
 from serving.errors import ExportError, ServerStartError
-from serving.tokenizer import SentencePieceTokenizer
+from serving.tokenizer import open_tokenizer
 
 # Sentences that the certificate is measured on.
 _MAX_SENTENCES = 32
@@ -50,7 +50,7 @@ def export_bundle(
     Args:
         checkpoint: a directory that ``export.checkpoint`` can read.
         bundle: the directory to write; written whole, or not at all.
-        precision: "fp32", "int8" (per-row activations, per-column weights) or "fp16" (for CUDA).
+        precision: "fp32", "int8" (products and caches, scales measured on the sample sentences) or "fp16" (for CUDA).
         overwrite: replace a bundle that is there.
         show_progress: a bar on standard error.
 
@@ -81,19 +81,20 @@ def export_bundle(
 
         references = verify.make_references(model, sources)
         phase("trace fp32")
-        graphs = _trace(model, plain_linear)
+        graphs = _trace(model, EncoderGraph(model), DecoderStepGraph(model))
         files: dict[str, bytes | Path] = dict(source.tokenizer_files)
         phase("verify")
         comparisons = _compare_fp32(model, references, graphs, bar.update)
         verify.check(comparisons)
         if precision == "int8":
             phase("trace int8")
-            graphs = _trace(model, PerRowInt8Linear)
+            graphs = _trace(model, *calibrated_graphs(model, references), torch.int8)
             phase("verify int8")
             comparisons["onnx_int8"] = _measure(references, verify.onnx_stepper(model.config, *graphs), model, bar.update)
         elif precision == "fp16":
             phase("trace fp16")
-            graphs = _trace(model.half(), plain_linear, torch.float16)
+            model.half()
+            graphs = _trace(model, EncoderGraph(model), DecoderStepGraph(model, ragged=False), torch.float16)
             files[CACHE_ROWS_NAME] = cache_rows_graph(2 * model.config.num_decoder_layers)
             phase("verify fp16")
             try:
@@ -116,8 +117,7 @@ def sample_sources(checkpoint: Checkpoint) -> list[list[int]]:
     """Source ids for the certificate: the checkpoint's own sample sentences, or else ids drawn from its vocabulary."""
     config = checkpoint.config
     if checkpoint.sample_lines:
-        spec, paths = checkpoint.tokenizer, checkpoint.tokenizer_files
-        tokenizer = SentencePieceTokenizer.load(paths[spec.source_model], paths[spec.target_model])
+        tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
         lines = [line for line in checkpoint.sample_lines if line.strip()][:_MAX_SENTENCES]
         return [[*tokenizer.encode(line)[: config.max_positions - 1], config.eos_id] for line in lines]
     rng = np.random.default_rng(0)
@@ -125,9 +125,10 @@ def sample_sources(checkpoint: Checkpoint) -> list[list[int]]:
     return [[*rng.integers(0, config.source_vocab_size, n).tolist(), config.eos_id] for n in lengths]
 
 
-def _trace(model: Transformer, linear: LinearFactory, dtype: torch.dtype = torch.float32) -> tuple[bytes, bytes]:
-    encoder, decoder = EncoderGraph(model, linear), DecoderStepGraph(model, linear)
-    return export_encoder(encoder), export_decoder(decoder, model.config, dtype)
+def _trace(
+    model: Transformer, encoder: EncoderGraph, decoder: DecoderStepGraph, cache_dtype: torch.dtype = torch.float32
+) -> tuple[bytes, bytes]:
+    return export_encoder(encoder), export_decoder(decoder, model.config, cache_dtype)
 
 
 def _compare_fp32(
@@ -176,6 +177,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certifi
             max_source_tokens=config.max_positions,
             max_target_tokens=config.max_positions,
             max_candidates=max_candidates(config.target_vocab_size),
+            max_beam_size=MAX_BEAM_SIZE,
         ),
         languages=checkpoint.languages,
         tokenizer=checkpoint.tokenizer,

@@ -1,61 +1,122 @@
-"""int8 products whose rows stay on their own.
+"""int8 products: weights in bytes with one scale a column, activations in bytes with one scale for all rows.
 
-Knows one layer: a product with int8 weights (one scale a column) and uint8 activations (one scale a row, found at run time).
-ONNX Runtime's DynamicQuantizeMatMul takes one scale for the whole batch, so that a row's result depends on its neighbours;
-here a row is quantized by its own maximum, and is bit-identical alone and in any batch.
+Knows one layer: ``ObservedLinear`` measures the range of its activations, ``CalibratedInt8Linear`` is made of it. The scale is a
+constant, so a row's result does not depend on its neighbours in any bit, where ONNX Runtime's DynamicQuantizeMatMul takes the
+scale from the whole batch; and one small operator stands before a product where scales that are found row by row at run time
+need eight around it. Does not know graphs or caches.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _DOMAIN = "com.microsoft"
-# A row of zeros has no scale; this one keeps it zeros.
-_SMALLEST_MAXIMUM = 1e-10
+# A row, or a column, of zeros has no scale; this one keeps it zeros.
+SMALLEST_MAXIMUM = 1e-10
 
 
-class PerRowInt8Linear(nn.Module):
-    """y[r, n] = s[r] * t[n] * sum_k q(x[r, k] / s[r]) * w[n, k] + b[n], with s[r] = max_k |x[r, k]| / 127.
+def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] -> int8 [K, N], symmetric, and the scale [N] of each output column."""
+    scale = weight.detach().abs().amax(dim=1).clamp(min=SMALLEST_MAXIMUM) / 127
+    quantized = (weight.detach() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return quantized.t().contiguous(), scale
 
-    Activations are uint8 around 128: on x86 the products of unsigned by signed bytes are the fast ones.
+
+class ObservedLinear(nn.Module):
+    """A floating-point product that remembers the range of all it was given and made."""
+
+    # Over everything seen so far.
+    input_minimum: Tensor  # scalar
+    input_maximum: Tensor  # scalar
+    output_magnitude: Tensor  # [N], largest absolute value of each column
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Of ``weight`` [N, K] and ``bias`` [N]."""
+        super().__init__()
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.register_buffer("input_minimum", torch.tensor(0.0))
+        self.register_buffer("input_maximum", torch.tensor(0.0))
+        self.register_buffer("output_magnitude", torch.zeros(weight.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = F.linear(x, self.weight, self.bias)
+        self.input_minimum = torch.minimum(self.input_minimum, x.min())
+        self.input_maximum = torch.maximum(self.input_maximum, x.max())
+        self.output_magnitude = torch.maximum(self.output_magnitude, y.abs().flatten(0, -2).amax(dim=0))
+        return y
+
+
+class CalibratedInt8Linear(nn.Module):
+    """y[r, n] = s * t[n] * sum_k (q(x[r, k] / s) - z) * w[n, k] + b[n], with s and z for all rows alike.
+
+    What lies outside the range that was observed is taken for its end. Activations are uint8, around 128 or from 0 up: on x86 the
+    products of unsigned by signed bytes are the fast ones.
     """
 
     weight: Tensor
     weight_scale: Tensor
+    scale: Tensor
     zero_point: Tensor
-    one: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Quantize ``weight`` [N, K] symmetrically, one scale for each of its N outputs; ``bias`` [N] stays as it is."""
+    def __init__(self, observed: ObservedLinear, *, output_scale: Tensor | None = None) -> None:
+        """Quantize what was observed.
+
+        Args:
+            observed: a product that has seen real activations.
+            output_scale: [N], what each output column is to be divided by; costs nothing at run time.
+        """
         super().__init__()
-        scale = weight.detach().abs().amax(dim=1).clamp(min=_SMALLEST_MAXIMUM) / 127
-        quantized = (weight.detach() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("weight", quantized.t().contiguous())  # [K, N]
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("zero_point", torch.tensor(128, dtype=torch.uint8))
-        self.register_buffer("one", torch.tensor(1.0))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        quantized, weight_scale = quantize_columns(observed.weight)
+        bias = observed.bias
+        if output_scale is not None:
+            weight_scale = weight_scale / output_scale
+            bias = None if bias is None else bias / output_scale
+        low, high = float(observed.input_minimum), float(observed.input_maximum)
+        # After a ReLU nothing is negative, and the whole byte is for what is positive.
+        zero_point, limit, steps = (0, high, 255) if low >= 0 else (128, max(-low, high), 127)
+        self.register_buffer("weight", quantized)  # [K, N]
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("scale", torch.tensor(max(limit, SMALLEST_MAXIMUM) / steps))
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.uint8))
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        maximum = x.abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST_MAXIMUM)
-        scaled = x * (127 / maximum)
-        shape = (*x.shape[:-1], self.weight.shape[1])
         if torch.onnx.is_in_onnx_export():
-            quantized = torch.onnx.ops.symbolic(
-                "QuantizeLinear", (scaled, self.one, self.zero_point), dtype=torch.uint8, shape=x.shape
-            )
-            product = torch.onnx.ops.symbolic(
-                f"{_DOMAIN}::MatMulIntegerToFloat",
-                (quantized, self.weight, self.one, self.weight_scale, self.zero_point),
-                dtype=torch.float32,
-                shape=shape,
-                version=1,
-            )
-        else:
-            # Sums of products of bytes are exact in float32 up to K of about 1,000, and in float64 always.
-            product = (scaled.round().clamp(-128, 127).double() @ self.weight.double()).float() * self.weight_scale
-        product = product * (maximum / 127)
+            return _integer_product(x, self.weight, self.scale, self.weight_scale, self.zero_point, self.bias)
+        zero = int(self.zero_point)
+        product = _exact_product(x / self.scale, self.weight, -zero, 255 - zero).float() * (self.scale * self.weight_scale)
         return product if self.bias is None else product + self.bias
+
+
+def to_int8(x: Tensor) -> Tensor:
+    """Round to int8, with a scale of one."""
+    if torch.onnx.is_in_onnx_export():
+        one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
+        return torch.onnx.ops.symbolic("QuantizeLinear", (x, one, zero), dtype=torch.int8, shape=x.shape)
+    return x.round().clamp(-128, 127).to(torch.int8)
+
+
+def _integer_product(
+    x: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, zero_point: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The operators: scale * weight_scale * (q(x / scale) @ weight) + bias, in the graph that is being traced."""
+    quantized = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero_point), dtype=torch.uint8, shape=x.shape)
+    inputs = (quantized, weight, scale, weight_scale, zero_point) + (() if bias is None else (None, bias))
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::MatMulIntegerToFloat",
+        inputs,
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], weight.shape[1]),
+        version=1,
+    )
+
+
+def _exact_product(scaled: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+    """Sums of products of bytes are exact in float32 up to K of about 1,000, and in float64 always."""
+    return scaled.round().clamp(low, high).double() @ weight.double()

@@ -26,7 +26,7 @@ from serving.session import load_graph, pad_sources
 # Largest absolute difference of any logit, for graphs that compute in float32.
 FP32_LOGIT_TOLERANCE = 1e-3
 # Tokens of a reference translation at most: a model that does not stop is compared on so many.
-_LONGEST_TARGET = 128
+_LONGEST_TARGET = 64
 # Relative difference of logits that log-softmax may not tell apart.
 _ROUNDING = 1e-5
 
@@ -48,50 +48,96 @@ Stepper = Callable[[Reference], NDArray[np.float32]]
 
 @torch.no_grad()
 def make_references(model: Transformer, sources: Sequence[Sequence[int]]) -> list[Reference]:
-    """Greedy translations by the uncached pass: each step computes the whole prefix anew.
+    """Greedy translations by the uncached pass, which computes the whole prefix anew.
+
+    They are drafted with caches, and one uncached pass over a draft says whether each of its tokens is the one that the pass
+    itself would have chosen. Where one is not, the draft is cut there and goes on with the pass's own: the outcome is the same
+    as of a pass for every token.
 
     Raises:
         ExportError: the model's logits are not finite.
     """
     config = model.config
+    longest = min(_LONGEST_TARGET, config.max_positions)
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
     references = []
     for source in sources:
         source_ids, lengths = torch.tensor([list(source)]), torch.tensor([len(source)])
         target = [config.decoder_start_id]
         while True:
-            logits = model(source_ids, lengths, torch.tensor([target]))[0]
+            draft = _drafted(encoder, decoder, config, source, target, longest)
+            logits = model(source_ids, lengths, torch.tensor([draft]))[0]
             if not logits.isfinite().all():
                 raise ExportError("the model's own logits are not finite; nothing was written")
-            best = int(_decodable(logits.numpy(), config)[-1].argmax())
-            if best == config.eos_id or len(target) == min(_LONGEST_TARGET, config.max_positions):
+            best = _decodable(logits.numpy(), config).argmax(axis=1).tolist()
+            agreed = next((i for i, token in enumerate(draft[1:]) if best[i] != token), len(draft) - 1)
+            target = draft[: agreed + 1]
+            if best[agreed] == config.eos_id or len(target) == longest:
                 break
-            target.append(best)
-        references.append(Reference(tuple(source), tuple(target), logits.numpy()))
+            target.append(best[agreed])
+        references.append(Reference(tuple(source), tuple(target), logits.numpy()[: len(target)]))
     return references
+
+
+def _drafted(
+    encoder: EncoderGraph, decoder: DecoderStepGraph, config: ModelConfig, source: Sequence[int], prefix: list[int], longest: int
+) -> list[int]:
+    """A greedy continuation of ``prefix`` with caches, up to the end of the sentence or to ``longest`` tokens."""
+    decoding = _EagerDecoding(encoder, decoder, config, source, longest)
+    target = list(prefix)
+    for token in prefix[:-1]:
+        decoding.step(token)
+    while len(target) < longest:
+        logits = decoding.step(target[-1])
+        best = int(_decodable(logits[None, : config.target_vocab_size], config).argmax())
+        if best == config.eos_id:
+            break
+        target.append(best)
+    return target
+
+
+class _EagerDecoding:
+    """One target, decoded step by step by graph modules, in PyTorch."""
+
+    def __init__(
+        self, encoder: EncoderGraph, decoder: DecoderStepGraph, config: ModelConfig, source: Sequence[int], target_capacity: int
+    ) -> None:
+        source_ids, lengths = pad_sources([source], config.pad_id)
+        self._decoder = decoder
+        self._lengths = torch.from_numpy(lengths)
+        encoded = encoder(torch.from_numpy(source_ids), self._lengths)
+        self._cross = list(encoded)
+        self._cache = _empty_cache(config, target_capacity, encoded.dtype)
+        self._position = 0
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """The logits after one more token: [padded vocabulary]."""
+        _, _, logits, self._cache, _ = self._decoder(
+            torch.tensor([[token]]),
+            torch.tensor([[self._position]], dtype=torch.int32),
+            torch.tensor(self._position + 1, dtype=torch.int32),
+            self._lengths,
+            torch.arange(1),
+            self._cache,
+            self._cross,
+        )
+        self._position += 1
+        stepped: NDArray[np.float32] = logits[0, 0].numpy()
+        return stepped
 
 
 def pytorch_stepper(model: Transformer) -> Stepper:
     """The graphs' modules run eagerly: incremental decoding with caches, in PyTorch."""
-    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+    return module_stepper(model.config, EncoderGraph(model).eval(), DecoderStepGraph(model).eval())
+
+
+def module_stepper(config: ModelConfig, encoder: EncoderGraph, decoder: DecoderStepGraph) -> Stepper:
+    """Any graph modules run eagerly."""
 
     @torch.no_grad()
     def step_through(reference: Reference) -> NDArray[np.float32]:
-        source_ids, lengths = pad_sources([reference.source_ids], model.config.pad_id)
-        cross = list(encoder(torch.from_numpy(source_ids), torch.from_numpy(lengths)))
-        cache = _empty_cache(model.config, reference)
-        logits = []
-        for position, token in enumerate(reference.target_ids):
-            _, _, step_logits, cache = decoder(
-                torch.tensor([[token]]),
-                torch.tensor([[position]], dtype=torch.int32),
-                torch.tensor(position + 1, dtype=torch.int32),
-                torch.from_numpy(lengths),
-                torch.arange(1),
-                cache,
-                cross,
-            )
-            logits.append(step_logits[0, 0].numpy())
-        return np.stack(logits)
+        decoding = _EagerDecoding(encoder, decoder, config, reference.source_ids, len(reference.target_ids))
+        return np.stack([decoding.step(token) for token in reference.target_ids])
 
     return step_through
 
@@ -103,17 +149,19 @@ def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, 
         ServerStartError: the device is not there.
     """
     encoder, decoder = (load_graph(graph, device=device) for graph in (encoder_onnx, decoder_onnx))
+    outputs = {output.name for output in decoder.get_outputs()}
 
     def step_through(reference: Reference) -> NDArray[np.float32]:
         source_ids, lengths = pad_sources([reference.source_ids], config.pad_id)
         (cross,) = encoder.run(["cross_cache"], {"source_ids": source_ids, "source_lengths": lengths})
         binding = decoder.io_binding()
-        for i, tensor in enumerate(cross):
-            binding.bind_cpu_input(f"cross_cache.{i}", tensor)
-        for i, tensor in enumerate(_empty_cache(config, reference)):
-            value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy().astype(cross.dtype), device, 0)
-            binding.bind_ortvalue_input(f"self_cache.{i}", value)
-            binding.bind_ortvalue_output(f"self_cache_appended.{i}", value)
+        empty = [tensor.numpy().astype(cross.dtype) for tensor in _empty_cache(config, len(reference.target_ids), torch.float32)]
+        for kind, tensors, after in (("cross_cache", cross, "cross_cache_kept"), ("self_cache", empty, "self_cache_appended")):
+            for i, tensor in enumerate(tensors):
+                value = ort.OrtValue.ortvalue_from_numpy(tensor, device, 0)
+                binding.bind_ortvalue_input(f"{kind}.{i}", value)
+                if f"{after}.{i}" in outputs:
+                    binding.bind_ortvalue_output(f"{after}.{i}", value)
         logits = []
         for position, token in enumerate(reference.target_ids):
             # Bound anew for each step: what is bound is copied to the device then, and not when the graph runs.
@@ -202,9 +250,7 @@ def _decodable(logits: NDArray[np.float32], config: ModelConfig) -> NDArray[np.f
     return logits
 
 
-def _empty_cache(config: ModelConfig, reference: Reference) -> list[torch.Tensor]:
-    arguments = example_step(
-        config, sources=1, width=1, source_capacity=1, target_capacity=len(reference.target_ids), dtype=torch.float32
-    )
+def _empty_cache(config: ModelConfig, target_capacity: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    arguments = example_step(config, sources=1, width=1, source_capacity=1, target_capacity=target_capacity, dtype=dtype)
     cache: list[torch.Tensor] = arguments[5]
     return cache

@@ -32,9 +32,9 @@ DECODER_NAME = "decoder.onnx"
 # Moves rows of the caches on a device; in a bundle of fp16 only, since the others run on a CPU.
 CACHE_ROWS_NAME = "cache_rows.onnx"
 # Raised when a reader of the old revision would misread the new one.
-FORMAT_REVISION = 1
+FORMAT_REVISION = 2
 
-_SUPPORTED_REVISIONS = (1,)
+_SUPPORTED_REVISIONS = (2,)
 
 Precision = Literal["fp32", "int8", "fp16"]
 Count = Annotated[int, Field(gt=0)]
@@ -80,6 +80,7 @@ class ModelLimits(_Record):
     max_target_tokens: Count
     # Candidates that a decoder step can return for a row.
     max_candidates: Count
+    max_beam_size: Count
 
 
 class LanguagePair(_Record):
@@ -90,7 +91,7 @@ class LanguagePair(_Record):
 
 
 class TokenizerSpec(_Record):
-    """Which files cut text into tokens; both names may be one file."""
+    """SentencePiece models whose own numbers are the token ids; both names may be one file."""
 
     kind: Literal["sentencepiece"]
     source_model: Text
@@ -100,6 +101,25 @@ class TokenizerSpec(_Record):
     def file_names(self) -> list[str]:
         """Its files, each once."""
         return list(dict.fromkeys((self.source_model, self.target_model)))
+
+
+class MarianTokenizerSpec(_Record):
+    """SentencePiece models and vocabularies (JSON: piece -> token id) that number their pieces anew; names may be one file."""
+
+    kind: Literal["marian"]
+    source_model: Text
+    target_model: Text
+    source_vocabulary: Text
+    target_vocabulary: Text
+
+    @property
+    def file_names(self) -> list[str]:
+        """Its files, each once."""
+        return list(dict.fromkeys((self.source_model, self.target_model, self.source_vocabulary, self.target_vocabulary)))
+
+
+# Which files cut text into tokens, and how; another kind is another class here and another tokenizer in ``tokenizer.py``.
+AnyTokenizerSpec = Annotated[TokenizerSpec | MarianTokenizerSpec, Field(discriminator="kind")]
 
 
 class Comparison(_Record):
@@ -151,7 +171,7 @@ class ManifestDraft(_Record):
     ids: SpecialIds
     limits: ModelLimits
     languages: list[LanguagePair]
-    tokenizer: TokenizerSpec
+    tokenizer: AnyTokenizerSpec
     provenance: Provenance
     certificate: Certificate
 
@@ -271,6 +291,9 @@ def field_faults(errors: Iterable[ErrorDetails]) -> list[str]:
     faults = []
     for error in errors:
         path = ".".join(map(str, error["loc"]))
+        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            # The fault is in the field that tells which of several records this is; pydantic names the record.
+            path += "." + error["ctx"]["discriminator"].strip("'")
         faults.append(f"{path}: {error['msg']}" if path else error["msg"])
     return faults
 
@@ -287,7 +310,7 @@ def describe(manifest: Manifest) -> str:
         "model": f"{layers}, d_model {sizes.d_model}, {sizes.num_heads} heads of {sizes.head_dim}",
         "vocabulary": f"{sizes.source_vocab_size} source, {sizes.target_vocab_size} target",
         "limits": f"{limits.max_source_tokens} source tokens, {limits.max_target_tokens} target tokens, "
-        f"{limits.max_candidates} candidates a step",
+        f"beams of {limits.max_beam_size}, {limits.max_candidates} candidates a step",
         "tokenizer": f"{manifest.tokenizer.kind} ({', '.join(manifest.tokenizer.file_names)})",
         "checkpoint": f"{origin.checkpoint} (weights {origin.weights_sha256[:12]})",
         "made by": f"onnxlate {origin.onnxlate_version}, torch {origin.torch_version}, ONNX opset {origin.onnx_opset}",

@@ -148,8 +148,7 @@ class DeviceLaneCache(RowCache):
         self._memory = memory
         self._num_slots = num_slots
         self._rows = self._make_rows(target_capacity)
-        g = geometry
-        self._sources = _TwoBuffers(memory, (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype)
+        self._sources = self._make_sources(source_capacity)
         # By slot: sources that are not in the cache yet.
         self._arriving: dict[int, DeviceSource] = {}
 
@@ -203,6 +202,13 @@ class DeviceLaneCache(RowCache):
         self._rows = grown
         self.target_capacity = target_capacity
 
+    def grow_source(self, source_capacity: int, num_slots_used: int) -> None:
+        """Make room for longer sources, a multiple of what there is; carries out what was noted of the sources, at once."""
+        grown = self._make_sources(source_capacity)
+        self._sources.settle_into(grown, num_slots_used)
+        self._sources = grown
+        self.source_capacity = source_capacity
+
     def settle(self, num_sources: int) -> None:
         """Carry out what was noted, for the first slots, which are those in use.
 
@@ -236,6 +242,11 @@ class DeviceLaneCache(RowCache):
     def _make_rows(self, target_capacity: int) -> _TwoBuffers:
         g = self.geometry
         shape = (g.num_tensors, self._num_slots * self.width, g.num_heads, target_capacity, g.head_dim)
+        return _TwoBuffers(self._memory, shape, g.dtype)
+
+    def _make_sources(self, source_capacity: int) -> _TwoBuffers:
+        g = self.geometry
+        shape = (g.num_tensors, self._num_slots, g.num_heads, source_capacity, g.head_dim)
         return _TwoBuffers(self._memory, shape, g.dtype)
 
     def _rows_of(self, slot: int) -> slice:

@@ -18,7 +18,7 @@ from collections.abc import Sequence as AbstractSequence
 from serving.bundle import Bundle
 from serving.config import EngineConfig
 from serving.errors import DeadlineExceededError, EngineError, RequestCancelledError, ShuttingDownError
-from serving.lane import Lane, source_capacity
+from serving.lane import Lane
 from serving.observer import EngineObserver, NullObserver
 from serving.request import Outcome, Sequence
 from serving.scheduler import Scheduler, encoder_batches, reason_to_leave
@@ -181,7 +181,7 @@ class Worker:
         self._observer = engine.observer
         self._clock = engine.clock
         self._session = session
-        # By (beam width, source capacity), the one used last at the end.
+        # By (beam width, source bucket), the one used last at the end.
         self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
         # Taken from the scheduler and not delivered yet.
         self._held: set[Sequence] = set()
@@ -251,7 +251,7 @@ class Worker:
             self._report_use()
 
     def _lane_of(self, sequence: Sequence) -> Lane:
-        key = (sequence.num_rows, source_capacity(len(sequence.source_ids)))
+        key = (sequence.num_rows, self._session.source_bucket(len(sequence.source_ids)))
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane(

@@ -32,6 +32,7 @@ class CacheGeometry:
     num_tensors: int
     num_heads: int
     head_dim: int
+    # Floating point, or int8 in units that only the graphs know.
     dtype: DTypeLike = np.float32
 
 
@@ -68,6 +69,10 @@ class RowCache(ABC):
     def grow_target(self, target_capacity: int, num_slots_used: int) -> None:
         """Make room for longer targets; keeps the rows of the first ``num_slots_used`` slots. The memory is new."""
 
+    @abstractmethod
+    def grow_source(self, source_capacity: int, num_slots_used: int) -> None:
+        """Make room for longer sources; keeps those of the first ``num_slots_used`` slots. The memory is new."""
+
 
 class LaneCache(RowCache):
     """The caches in host memory; every change is made at once.
@@ -84,10 +89,10 @@ class LaneCache(RowCache):
         )
         g = geometry
         # Zeros, not garbage: what lies beyond a row's length is masked by adding to its score, and must be finite for that.
-        self.self_attention: NDArray[np.floating] = np.zeros(
+        self.self_attention: NDArray[Any] = np.zeros(
             (g.num_tensors, num_slots * width, g.num_heads, target_capacity, g.head_dim), g.dtype
         )
-        self.cross_attention: NDArray[np.floating] = np.zeros(
+        self.cross_attention: NDArray[Any] = np.zeros(
             (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype
         )
 
@@ -96,7 +101,7 @@ class LaneCache(RowCache):
         """Bytes reserved."""
         return self.self_attention.nbytes + self.cross_attention.nbytes
 
-    def write_source(self, slot: int, encoded: NDArray[np.floating], length: int) -> None:
+    def write_source(self, slot: int, encoded: NDArray[Any], length: int) -> None:
         """Store a source's cross-attention keys and values: encoded [tensors, heads, at least length, head_dim]."""
         self.cross_attention[:, slot, :, :length] = encoded[:, :, :length]
         self.source_lengths[slot] = length
@@ -123,3 +128,11 @@ class LaneCache(RowCache):
         grown[:, :rows, :, : self.target_capacity] = old[:, :rows]
         self.self_attention = grown
         self.target_capacity = target_capacity
+
+    def grow_source(self, source_capacity: int, num_slots_used: int) -> None:
+        """Make room for longer sources; keeps those of the first ``num_slots_used`` slots. The array is a new one."""
+        old = self.cross_attention
+        grown = np.zeros((*old.shape[:3], source_capacity, old.shape[4]), old.dtype)
+        grown[:, :num_slots_used, :, : self.source_capacity] = old[:, :num_slots_used]
+        self.cross_attention = grown
+        self.source_capacity = source_capacity

@@ -20,12 +20,6 @@ from serving.session import LaneDecoder, ModelSession
 
 # Positions of a new lane's self-attention cache; it doubles when a target outgrows it.
 _FIRST_TARGET_CAPACITY = 64
-_SMALLEST_SOURCE_CAPACITY = 32
-
-
-def source_capacity(length: int) -> int:
-    """The bucket of a source: the power of two that holds it, at least 32. A lane pads its sources to its bucket."""
-    return max(_SMALLEST_SOURCE_CAPACITY, 1 << (length - 1).bit_length())
 
 
 @dataclass(slots=True)
@@ -50,7 +44,7 @@ class Lane:
         Args:
             session: whose decoder steps it.
             width: beam width of its sources.
-            source_capacity: tokens of its longest possible source.
+            source_capacity: tokens of the longest source at first; doubles when one outgrows it.
             max_rows: rows at most; a lane has max_rows // width slots.
             clock: monotonic seconds.
         """
@@ -91,6 +85,7 @@ class Lane:
     def add(self, sequence: Sequence, encoded: EncodedSource) -> None:
         """Give a source the next slot: encoded is its own, of the session's ``encode``."""
         slot = len(self._running)
+        self._make_source_room(len(sequence.source_ids), slot)
         self.cache.write_source(slot, encoded, len(sequence.source_ids))
         self._search.add(slot, sequence.options)
         self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped))
@@ -152,6 +147,15 @@ class Lane:
             capacity = 2 * self.cache.target_capacity
             self.cache.grow_target(capacity, len(self._running))
             self._search.grow(capacity)
+            self._decoder.rebind()
+
+    def _make_source_room(self, length: int, num_slots_used: int) -> None:
+        """Grow the cross-attention cache when a source would not fit."""
+        capacity = self.cache.source_capacity
+        while capacity < length:
+            capacity *= 2
+        if capacity > self.cache.source_capacity:
+            self.cache.grow_source(capacity, num_slots_used)
             self._decoder.rebind()
 
 

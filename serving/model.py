@@ -95,6 +95,6 @@ def limits_of(manifest: Manifest, config: EngineConfig, limits: RequestLimits) -
         max_texts_per_request=min(limits.max_texts_per_request, config.max_waiting_sequences),
         max_source_tokens=min(limits.max_source_tokens, manifest.limits.max_source_tokens),
         max_target_tokens=min(limits.max_target_tokens, manifest.limits.max_target_tokens),
-        max_beam_size=min(limits.max_beam_size, widest, config.max_rows_per_worker),
+        max_beam_size=min(limits.max_beam_size, manifest.limits.max_beam_size, widest, config.max_rows_per_worker),
         max_request_s=limits.max_request_s,
     )

@@ -22,6 +22,8 @@ from serving.device_cache import DeviceArray, DeviceLaneCache, DeviceSource
 from serving.errors import BundleError, EngineError, ServerStartError
 from serving.kv_cache import CacheGeometry, EncodedSource, LaneCache, RowCache
 
+_CACHE_TYPES: dict[str, DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+_SMALLEST_SOURCE_CAPACITY = 32
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Precisions that a device has kernels for, and why it is no others.
 _PRECISIONS = {
@@ -97,7 +99,7 @@ class ModelSession:
             BundleError: a graph that cannot be loaded, or is not of this format.
         """
         architecture = bundle.manifest.architecture
-        precision = bundle.manifest.precision
+        self._encoder, self._decoder = self._load((bundle.encoder_path, bundle.decoder_path), bundle, device, threads)
         self.eos_id = bundle.manifest.ids.eos
         self.pad_id = bundle.manifest.ids.pad
         self.decoder_start_id = bundle.manifest.ids.decoder_start
@@ -107,9 +109,10 @@ class ModelSession:
             num_tensors=2 * architecture.num_decoder_layers,
             num_heads=architecture.num_heads,
             head_dim=architecture.head_dim,
-            dtype=np.float16 if precision == "fp16" else np.float32,
+            dtype=_cache_type(bundle, self._decoder),
         )
-        self._encoder, self._decoder = self._load((bundle.encoder_path, bundle.decoder_path), bundle, device, threads)
+        # Whether a source costs its own length in every step, or that of the lane's capacity.
+        self._is_ragged = "cross_cache_kept.0" in {output.name for output in self._decoder.get_outputs()}
 
     @staticmethod
     def _load(paths: Iterable[Path], bundle: Bundle, device: str, threads: int) -> list[ort.InferenceSession]:
@@ -142,6 +145,16 @@ class ModelSession:
         binding.bind_ortvalue_output("cross_cache", ort.OrtValue.ortvalue_from_numpy(encoded))
         _run(self._encoder, binding)
         return [encoded[:, i] for i in range(source_ids.shape[0])]
+
+    def source_bucket(self, length: int) -> int:
+        """Sources of one bucket may share a lane; it is also the capacity that such a lane starts with.
+
+        Where a source costs its own length, all share one. Elsewhere a lane pads its sources to its capacity, which must then
+        follow from a source's own length alone: the power of two that holds it, at least 32.
+        """
+        if self._is_ragged:
+            return _SMALLEST_SOURCE_CAPACITY
+        return max(_SMALLEST_SOURCE_CAPACITY, 1 << (length - 1).bit_length())
 
     def make_cache(self, *, num_slots: int, width: int, target_capacity: int, source_capacity: int) -> RowCache:
         """Empty caches of a lane, where this session's graphs run."""
@@ -257,6 +270,7 @@ class LaneDecoder(ABC):
         """Bind arrays by address: target_ids and positions [slots, width] must stay the same objects."""
         slots, width = target_ids.shape
         self._session = session
+        self._outputs = {output.name for output in session.get_outputs()}
         self._target_ids = target_ids
         self._positions = positions
         self._longest = np.zeros((), np.int32)
@@ -328,15 +342,19 @@ class HostLaneDecoder(LaneDecoder):
             "target_ids": self._target_ids[:num_sources],
             "positions": self._positions[:num_sources],
             "source_lengths": cache.source_lengths[:num_sources],
-            **{f"cross_cache.{i}": tensor[:num_sources] for i, tensor in enumerate(cache.cross_attention)},
         }
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        # The same value as input and output: the operators work in place.
         for i, tensor in enumerate(cache.self_attention):
-            # The same value as input and output: the operator appends in place.
             value = ort.OrtValue.ortvalue_from_numpy(tensor[: num_sources * cache.width])
             binding.bind_ortvalue_input(f"self_cache.{i}", value)
             binding.bind_ortvalue_output(f"self_cache_appended.{i}", value)
+        for i, tensor in enumerate(cache.cross_attention):
+            value = ort.OrtValue.ortvalue_from_numpy(tensor[:num_sources])
+            binding.bind_ortvalue_input(f"cross_cache.{i}", value)
+            if f"cross_cache_kept.{i}" in self._outputs:
+                binding.bind_ortvalue_output(f"cross_cache_kept.{i}", value)
 
 
 class DeviceLaneDecoder(LaneDecoder):
@@ -372,13 +390,25 @@ class DeviceLaneDecoder(LaneDecoder):
 
     def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
         inputs = {name: place.part(0, num_sources) for name, (_, place) in self._uploads.items()}
-        inputs |= {f"cross_cache.{i}": tensor for i, tensor in enumerate(self._cache.cross_attention(num_sources))}
         for name, array in inputs.items():
             self._memory.bind_input(binding, name, array)
+        # The same address as input and output: the operators work in place.
         for i, tensor in enumerate(self._cache.self_attention(num_sources)):
-            # The same address as input and output: the operator appends in place.
             self._memory.bind_input(binding, f"self_cache.{i}", tensor)
             self._memory.bind_output(binding, f"self_cache_appended.{i}", tensor)
+        for i, tensor in enumerate(self._cache.cross_attention(num_sources)):
+            self._memory.bind_input(binding, f"cross_cache.{i}", tensor)
+            if f"cross_cache_kept.{i}" in self._outputs:
+                self._memory.bind_output(binding, f"cross_cache_kept.{i}", tensor)
+
+
+def _cache_type(bundle: Bundle, decoder: ort.InferenceSession) -> DTypeLike:
+    """What the decoder keeps its caches in."""
+    types = {graph_input.name: str(graph_input.type) for graph_input in decoder.get_inputs()}
+    found = types.get("self_cache.0", "missing")
+    if found not in _CACHE_TYPES:
+        raise BundleError(bundle.directory, [f"{bundle.decoder_path.name}: input self_cache.0 is {found}"])
+    return _CACHE_TYPES[found]
 
 
 def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:

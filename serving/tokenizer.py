@@ -1,23 +1,29 @@
 """Text to token ids and back, also piece by piece.
 
-Knows SentencePiece and how to tell text that is certain from text that the next token may still change; does not know limits,
-the end-of-sentence token, models or requests.
+Knows SentencePiece, Marian's vocabularies, and how to tell text that is certain from text that the next token may still change;
+does not know limits, the end-of-sentence token of a model, or requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
+from pydantic_core import from_json
 from sentencepiece import sentencepiece_model_pb2
 
-from serving.bundle import Bundle
+from serving.bundle import AnyTokenizerSpec, Bundle, MarianTokenizerSpec, TokenizerSpec
 from serving.errors import BundleError
 
 # What decoders put where bytes are no whole character, be it broken or not yet complete.
 _REPLACEMENT = "\ufffd"
+# What SentencePiece writes for a space.
+_SPACE = "\u2581"
+# Tokens of a Marian vocabulary that are no text.
+_UNKNOWN, _END = "<unk>", "</s>"
+_MARKERS = frozenset((_UNKNOWN, _END, "<s>", "<pad>"))
 
 
 class Tokenizer(Protocol):
@@ -36,6 +42,13 @@ class Tokenizer(Protocol):
         A longer list only appends: the text of the first ids, without its trailing replacement characters (bytes of a character
         that is not complete), is how the text of all of them starts.
         """
+
+
+class ModelTokenizer(Tokenizer, Protocol):
+    """A tokenizer that came in files and belongs to one model."""
+
+    def vocabulary_faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
+        """Why it does not fit a model's vocabularies; empty when it does."""
 
 
 class SentencePieceTokenizer:
@@ -76,20 +89,118 @@ class SentencePieceTokenizer:
         """See ``Tokenizer.decode``."""
         return self._target.decode(list(ids))  # type: ignore[no-any-return]  # of a list[int] it is a str; the stub is a union
 
+    def vocabulary_faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
+        """See ``ModelTokenizer``.
 
-def vocabulary_faults(tokenizer: SentencePieceTokenizer, source_vocab_size: int, target_vocab_size: int) -> list[str]:
-    """Why a tokenizer does not fit a model's vocabularies; empty when it does.
+        More pieces than embeddings make ids that the model does not know, fewer leave the model's tokens without text.
+        """
+        return [
+            f"tokenizer: its {side} model has {pieces} pieces, the {side} vocabulary {size}"
+            for side, pieces, size in (
+                ("source", self.source_vocab_size, source_vocab_size),
+                ("target", self.target_vocab_size, target_vocab_size),
+            )
+            if pieces != size
+        ]
 
-    More pieces than embeddings make ids that the model does not know, fewer leave the model's tokens without text.
+
+class MarianTokenizer:
+    """A SentencePiece model for each side and vocabularies that number the pieces anew, as OPUS-MT models have them.
+
+    Ids and text are those of Hugging Face's ``MarianTokenizer``, except that text is only text: there, ``</s>`` or ``<pad>``
+    anywhere and ``>>deu<<`` at the start of a text become the tokens of that name. Any number of threads may use it.
     """
-    return [
-        f"tokenizer: its {side} model has {pieces} pieces, the {side} vocabulary {size}"
-        for side, pieces, size in (
-            ("source", tokenizer.source_vocab_size, source_vocab_size),
-            ("target", tokenizer.target_vocab_size, target_vocab_size),
-        )
-        if pieces != size
-    ]
+
+    def __init__(
+        self,
+        source: sentencepiece.SentencePieceProcessor,
+        target: sentencepiece.SentencePieceProcessor,
+        source_vocabulary: Mapping[str, int],
+        target_vocabulary: Mapping[str, int],
+    ) -> None:
+        """From loaded models and vocabularies, piece -> id, which have ``<unk>``; see ``load``."""
+        self._source = source
+        self._target = target
+        self._largest_ids = {"source": max(source_vocabulary.values()), "target": max(target_vocabulary.values())}
+        self._end_ids = {"source": source_vocabulary.get(_END), "target": target_vocabulary.get(_END)}
+        self._unknown_id = source_vocabulary[_UNKNOWN]
+        # Without markers: a model's pieces, or what it makes of characters it does not know, may spell one.
+        self._ids = {piece: i for piece, i in source_vocabulary.items() if not _is_marker(piece)}
+        # By the source model's own numbers; a list, since to make an array of a sentence's numbers takes longer than this does.
+        pieces = map(source.id_to_piece, range(source.get_piece_size()))
+        self._ids_by_number = [self._ids.get(piece, self._unknown_id) for piece in pieces]
+        self._pieces = {i: piece for piece, i in target_vocabulary.items() if piece not in _MARKERS}
+
+    @classmethod
+    def load(cls, source_path: Path, target_path: Path, source_vocabulary: Path, target_vocabulary: Path) -> MarianTokenizer:
+        """Load models and vocabularies; one path twice is loaded once.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is no SentencePiece model, or one whose text cannot be told piece by piece, or no vocabulary; all
+                such are named.
+        """
+        faults: list[str] = []
+        loaded: dict[Path, Any] = {}
+        for load, paths in ((_load, (source_path, target_path)), (_load_vocabulary, (source_vocabulary, target_vocabulary))):
+            for path in dict.fromkeys(paths):
+                try:
+                    loaded[path] = load(path)
+                except ValueError as error:
+                    faults.append(str(error))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return cls(loaded[source_path], loaded[target_path], loaded[source_vocabulary], loaded[target_vocabulary])
+
+    def vocabulary_faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
+        """See ``ModelTokenizer``; a model may have more tokens than the vocabulary has pieces, and these have no text."""
+        return [
+            f"tokenizer: its {side} vocabulary has ids up to {self._largest_ids[side]}, the model's vocabulary is of {size}"
+            for side, size in (("source", source_vocab_size), ("target", target_vocab_size))
+            if self._largest_ids[side] >= size
+        ]
+
+    def end_faults(self, eos_id: int) -> list[str]:
+        """Why ``eos_id`` cannot end sources and targets; empty when it can: ``</s>`` has this id on both sides."""
+        return [
+            f"tokenizer: {_END} has id {found} in the {side} vocabulary, the model's end-of-sentence token is {eos_id}"
+            for side, found in self._end_ids.items()
+            if found != eos_id
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``. Markers and language tokens spelled out in the text are text, never tokens."""
+        text.encode()  # as for SentencePiece alone
+        numbers: list[int] = self._source.encode(text)
+        if self._source.unk_id() not in numbers:
+            return [self._ids_by_number[number] for number in numbers]
+        # Characters that the source model does not know may be pieces of the vocabulary all the same, the target model's.
+        pieces: list[str] = self._source.encode(text, out_type=str)
+        return [self._ids.get(piece, self._unknown_id) for piece in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``. The unknown token has no text; a piece that the target model does not have is its own."""
+        pieces = [piece for i in ids if (piece := self._pieces.get(i))]
+        text: str = self._target.decode_pieces(pieces)
+        # SentencePiece leaves its space symbol in pieces that it does not know. No other white space is stripped: before its last
+        # byte came, one made of bytes was a replacement character, and the spaces in front of that were told.
+        return text.replace(_SPACE, " ").strip(" ")
+
+
+def open_tokenizer(spec: AnyTokenizerSpec, files: Mapping[str, Path]) -> ModelTokenizer:
+    """The tokenizer that a spec describes; ``files`` has the path of each of its ``file_names``.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: files are not what the spec says they are; names them.
+    """
+    match spec:
+        case TokenizerSpec():
+            return SentencePieceTokenizer.load(files[spec.source_model], files[spec.target_model])
+        case MarianTokenizerSpec():
+            return MarianTokenizer.load(
+                files[spec.source_model], files[spec.target_model], files[spec.source_vocabulary], files[spec.target_vocabulary]
+            )
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
@@ -100,10 +211,10 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """
     spec, sizes = bundle.manifest.tokenizer, bundle.manifest.architecture
     try:
-        tokenizer = SentencePieceTokenizer.load(bundle.path(spec.source_model), bundle.path(spec.target_model))
+        tokenizer = open_tokenizer(spec, {name: bundle.path(name) for name in spec.file_names})
     except (OSError, ValueError) as error:
         raise BundleError(bundle.directory, [str(error)]) from error
-    if faults := vocabulary_faults(tokenizer, sizes.source_vocab_size, sizes.target_vocab_size):
+    if faults := tokenizer.vocabulary_faults(sizes.source_vocab_size, sizes.target_vocab_size):
         raise BundleError(bundle.directory, faults)
     return tokenizer
 
@@ -148,3 +259,20 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     if model.denormalizer_spec.precompiled_charsmap:
         raise ValueError(f"{path.name}: rewrites text after decoding (denormalization rules); such models are not supported")
     return processor
+
+
+def _load_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        vocabulary = from_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: is not JSON: {error}") from error
+    if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+        raise ValueError(f"{path.name}: is no vocabulary: an object of pieces and their ids, none below 0")
+    if _UNKNOWN not in vocabulary:
+        raise ValueError(f"{path.name}: has no {_UNKNOWN}")
+    return vocabulary
+
+
+def _is_marker(piece: str) -> bool:
+    """Whether a vocabulary's token is none of text: a marker, or the name of a language (``>>deu<<``)."""
+    return piece in _MARKERS or (piece.startswith(">>") and piece.endswith("<<") and len(piece) > len(">><<"))

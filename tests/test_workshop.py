@@ -36,6 +36,8 @@ MAKE_TARGETS = (
     "test-peers",
     "test-all",
     "test-gpu",
+    "bench",
+    "bench-gpu",
     "demo",
     "serve",
     "lock",
@@ -225,7 +227,7 @@ def test_make_knows_the_target_and_lists_it(target: str) -> None:
     assert target in [line.split()[0] for line in listed.splitlines()]
 
 
-@pytest.mark.parametrize("target", ["demo"])
+@pytest.mark.parametrize("target", ["demo", "bench", "bench-gpu"])
 def test_make_runs_modules_that_exist(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", target]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.checkpoint.base import Checkpoint, CheckpointReader, build_model
+from export.checkpoint.marian import MarianReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
 from serving.errors import CheckpointError
 
 __all__ = ["Checkpoint", "build_model", "read_checkpoint", "write_native_checkpoint"]
 
-_READERS: tuple[CheckpointReader, ...] = (NativeReader(),)
+_READERS: tuple[CheckpointReader, ...] = (NativeReader(), MarianReader())
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

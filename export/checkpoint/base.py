@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from export.model import ModelConfig, Transformer
-from serving.bundle import LanguagePair, TokenizerSpec
+from serving.bundle import AnyTokenizerSpec, LanguagePair
 from serving.errors import CheckpointError
 
 _TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
 _SOURCE_EMBEDDING = "encoder.embedding.tokens.weight"
 _OUTPUT = "output.weight"
+# Real source sentences, one a line: a file that any format's directory may have beside its own.
+SAMPLES_NAME = "samples.txt"
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,7 +41,7 @@ class Checkpoint:
     # float32, by the names above.
     tensors: dict[str, Tensor]
     languages: list[LanguagePair]
-    tokenizer: TokenizerSpec
+    tokenizer: AnyTokenizerSpec
     # By the names that ``tokenizer`` uses.
     tokenizer_files: dict[str, Path]
     # Of the weights as they are stored.
@@ -79,23 +82,33 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in shared}
 
 
-def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor that is missing, extra, misshapen, of another type or not finite; empty when all is well."""
+def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor], file_names: Mapping[str, str] | None = None) -> list[str]:
+    """Every tensor that is missing, extra, misshapen, of another type or not finite; empty when all is well.
+
+    Args:
+        config: the architecture.
+        tensors: by the names above.
+        file_names: how the checkpoint's file calls tensors, where it has other names; faults are told by these.
+    """
+    names = file_names or {}
     expected = expected_shapes(config)
     shared = shared_names(config)
-    faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    faults = [
+        f"{names.get(name, name)}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors
+    ]
     for name, tensor in tensors.items():
         found = list(tensor.shape)
+        called = names.get(name, name)
         if name in shared:
-            faults.append(f"{name}: extra {found}; it is shared, and stored as {shared[name]} only")
+            faults.append(f"{called}: extra {found}; it is shared, and stored as {names.get(shared[name], shared[name])} only")
         elif name not in expected:
-            faults.append(f"{name}: extra {found}")
+            faults.append(f"{called}: extra {found}")
         elif tuple(found) != expected[name]:
-            faults.append(f"{name}: shape {found}, expected {list(expected[name])}")
+            faults.append(f"{called}: shape {found}, expected {list(expected[name])}")
         elif tensor.dtype not in _DTYPES:
-            faults.append(f"{name}: of type {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+            faults.append(f"{called}: of type {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         elif bad := int((~torch.isfinite(tensor)).sum()):
-            faults.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
+            faults.append(f"{called}: {bad} of {tensor.numel()} values are not finite")
     return faults
 
 
@@ -111,3 +124,16 @@ def build_model(checkpoint: Checkpoint) -> Transformer:
     model = Transformer(checkpoint.config)
     model.load_state_dict({**checkpoint.tensors, **{name: checkpoint.tensors[own] for name, own in shared.items()}})
     return model.eval()
+
+
+def read_samples(directory: Path, faults: list[str]) -> list[str]:
+    """The lines of ``samples.txt`` that are not blank; none when there is no such file. A fault goes to ``faults``."""
+    try:
+        text = (directory / SAMPLES_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{SAMPLES_NAME}: cannot be read: {error}")
+        return []
+    # Not splitlines(): it would cut at characters that are part of a sentence.
+    return [line for line in text.split("\n") if line.strip()]

@@ -19,15 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from export.checkpoint.base import Checkpoint, shared_names, tensor_faults
+from export.checkpoint.base import SAMPLES_NAME, Checkpoint, read_samples, shared_names, tensor_faults
 from export.model import ModelConfig
-from serving.bundle import LanguagePair, TokenizerSpec, field_faults, name_fault, revision_fault
+from serving.bundle import AnyTokenizerSpec, LanguagePair, field_faults, name_fault, revision_fault
 from serving.errors import CheckpointError
-from serving.tokenizer import SentencePieceTokenizer, vocabulary_faults
+from serving.tokenizer import open_tokenizer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-SAMPLES_NAME = "samples.txt"
 FORMAT_REVISION = 1
 
 _SUPPORTED_REVISIONS = (1,)
@@ -44,7 +43,7 @@ class _NativeConfig(BaseModel):
     format_revision: int
     name: str = Field(min_length=1)
     languages: list[LanguagePair]
-    tokenizer: TokenizerSpec
+    tokenizer: AnyTokenizerSpec
     model: ModelConfig
 
 
@@ -70,7 +69,7 @@ class NativeReader:
         faults: list[str] = []
         tokenizer_files = _tokenizer_files(directory, config, faults)
         tensors, weights_sha256 = _read_tensors(directory, config.model, faults)
-        sample_lines = _read_samples(directory, faults)
+        sample_lines = read_samples(directory, faults)
         if faults:
             raise CheckpointError(directory, faults)
         return Checkpoint(
@@ -92,7 +91,7 @@ def write_native_checkpoint(
     config: ModelConfig,
     state_dict: Mapping[str, Tensor],
     languages: Sequence[LanguagePair],
-    tokenizer: TokenizerSpec,
+    tokenizer: AnyTokenizerSpec,
     tokenizer_files: Mapping[str, Path],
     samples: Sequence[str] = (),
     dtype: torch.dtype = torch.float16,
@@ -168,8 +167,8 @@ def _tokenizer_files(directory: Path, config: _NativeConfig, faults: list[str]) 
         found = [f"{name}: is missing" for name, path in files.items() if not path.is_file()]
     if not found:
         try:
-            tokenizer = SentencePieceTokenizer.load(files[spec.source_model], files[spec.target_model])
-            found = vocabulary_faults(tokenizer, config.model.source_vocab_size, config.model.target_vocab_size)
+            tokenizer = open_tokenizer(spec, files)
+            found = tokenizer.vocabulary_faults(config.model.source_vocab_size, config.model.target_vocab_size)
         except (OSError, ValueError) as error:
             found = [str(error)]
     faults += found
@@ -189,16 +188,3 @@ def _read_tensors(directory: Path, config: ModelConfig, faults: list[str]) -> tu
         return {}, ""
     faults += [f"{WEIGHTS_NAME}: {fault}" for fault in tensor_faults(config, tensors)]
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}, hashlib.sha256(stored).hexdigest()
-
-
-def _read_samples(directory: Path, faults: list[str]) -> list[str]:
-    """The lines of ``samples.txt`` that are not blank; none when there is no such file."""
-    try:
-        text = (directory / SAMPLES_NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{SAMPLES_NAME}: cannot be read: {error}")
-        return []
-    # Not splitlines(): it would cut at characters that are part of a sentence.
-    return [line for line in text.split("\n") if line.strip()]

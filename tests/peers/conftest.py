@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.marian import write_marian
 from export.checkpoint.native import WEIGHTS_NAME
-from tests.peers.marian import write_marian
 from tests.peers.subject import Subject
 from tests.support import EOS_ID, write_tiny_checkpoint
 

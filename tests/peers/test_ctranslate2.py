@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 
+from benchmarks.conversion import convert_without_padding_rules, pieces_of
 from serving.bundle import Precision
 from serving.request import DecodingOptions, Hypothesis
 from tests.peers.subject import Subject
@@ -87,46 +87,19 @@ class Peer:
 
 
 @pytest.fixture(scope="module")
-def marian(marian_directory: Path) -> Any:
-    """The Hugging Face model that CTranslate2 converts."""
-    return transformers.MarianMTModel.from_pretrained(marian_directory)
-
-
-@pytest.fixture(scope="module")
 def pieces(subject: Subject) -> list[str]:
     """The vocabulary, by id."""
-    checkpoint = subject.checkpoint
-    path = checkpoint.tokenizer_files[checkpoint.tokenizer.target_model]
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-
-
-def convert(marian: Any, pieces: list[str], directory: Path, precision: Precision) -> Path:
-    """What CTranslate2's converter for Marian does, without the two things that are Helsinki's and not the architecture's.
-
-    These are a decoder that starts from a zero embedding, and a padding token that is the last of the vocabulary.
-    """
-    marian.config.normalize_before = False
-    marian.config.normalize_embedding = False
-    loader = ctranslate2.converters.transformers.BartLoader()
-    spec = loader.get_model_spec(marian)
-    loader.set_vocabulary(spec, pieces)
-    spec.config.unk_token = "<unk>"
-    spec.config.bos_token = "<s>"
-    spec.config.eos_token = pieces[marian.config.eos_token_id]
-    spec.config.decoder_start_token = pieces[marian.config.decoder_start_token_id]
-    spec.validate()
-    spec.optimize(quantization="int8" if precision == "int8" else None)
-    directory.mkdir()
-    spec.save(str(directory))
-    return directory
+    return pieces_of(subject.checkpoint)
 
 
 @pytest.fixture(scope="module")
-def peers(subject: Subject, marian: Any, pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> Peers:
+def peers(subject: Subject, marian_directory: Path, pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> Peers:
     """CTranslate2's model in both precisions."""
     work = tmp_path_factory.mktemp(f"ctranslate2-{subject.checkpoint.name}")
-    return {precision: Peer(convert(marian, pieces, work / precision, precision), pieces, precision) for precision in PRECISIONS}
+    return {
+        precision: Peer(convert_without_padding_rules(marian_directory, pieces, work / precision, precision), pieces, precision)
+        for precision in PRECISIONS
+    }
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.marian import forbidden_ids
 from export.checkpoint import build_model
 from serving.request import DecodingOptions, FinishReason, Hypothesis
-from tests.peers.marian import forbidden_ids
 from tests.peers.subject import Subject
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed; make test-peers does it")

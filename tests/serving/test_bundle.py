@@ -322,6 +322,31 @@ def test_describe() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [None, "words"])
+def test_a_tokenizer_of_no_known_kind(directory: Path, kind: str | None) -> None:
+    fields = manifest_fields()
+    if kind is None:
+        del fields["tokenizer"]["kind"]
+    else:
+        fields["tokenizer"]["kind"] = kind
+    write_manifest(directory, fields)
+    (fault,) = faults_of(directory)
+    assert fault.startswith("manifest.json: tokenizer.kind: ")
+
+
+def test_the_files_of_a_marian_tokenizer_are_needed(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["tokenizer"] = {
+        "kind": "marian",
+        "source_model": "sentencepiece.model",
+        "target_model": "sentencepiece.model",
+        "source_vocabulary": "vocab.json",
+        "target_vocabulary": "vocab.json",
+    }
+    write_manifest(directory, fields)
+    assert faults_of(directory) == ("vocab.json: needed, and not among the bundle's files",)
+
+
 def test_describe_without_languages_and_with_two_tokenizer_files() -> None:
     fields = manifest_fields()
     fields["languages"] = []

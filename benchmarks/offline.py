@@ -1,0 +1,228 @@
+"""The offline grid: how many tokens a second each library makes of the same sources, and how soon it answers a single one.
+
+A cell is a batch, a beam and a precision. Each library runs it with several splits of the CPUs and is judged by its best; every
+worker has one batch in flight. At batch 1 sources come one at a time, each when the one before it is answered.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import backend, cells, peers, plots, race, sentences
+from benchmarks.backend import Backend
+from benchmarks.cells import Cell
+from benchmarks.experiment import Plot, Setting
+from benchmarks.models import BASE_RANDOM, BUNDLED, TRAINED, BenchModel, all_models
+from benchmarks.peers.base import Answer, Job, PeerSpec
+from benchmarks.process import PeerUnavailableError
+from benchmarks.race import Field, Lane
+from benchmarks.results import Measurement, Precision, Section
+from serving.bundle import Bundle
+from serving.tokenizer import load_tokenizer
+
+TITLE = "Offline grid"
+
+SOURCE_TOKENS, TARGET_TOKENS = 33, 32
+# Of natural text.
+_MAX_TARGET_TOKENS = 128
+_FIRST_ORDINARY_ID = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A batch and a beam."""
+
+    batch: int
+    beam_size: int
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Batch 1 is about latency."""
+        return self.batch == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a model is given."""
+
+    # With the end-of-sentence token.
+    sources: tuple[tuple[int, ...], ...]
+    # Forced; None: natural.
+    target_tokens: int | None = None
+    # BLEU of the targets of the first sources.
+    score: Callable[[Sequence[tuple[int, ...]]], float] | None = None
+
+    def job(self, shape: Shape, cores: int, *, waves: int) -> Job:
+        """``waves`` batches for every worker there could be, or as many single sources."""
+        count = min(len(self.sources), shape.batch * cores * waves)
+        return Job(
+            sources=self.sources[:count],
+            batch=shape.batch,
+            beam_size=shape.beam_size,
+            min_target_tokens=self.target_tokens or 0,
+            max_target_tokens=self.target_tokens or _MAX_TARGET_TOKENS,
+            one_at_a_time=shape.one_at_a_time,
+        )
+
+
+def run(setting: Setting) -> Section:
+    """Measure every cell of the mode; see the module."""
+    started = time.monotonic()
+    chosen = setting.models or ((BASE_RANDOM, BUNDLED) if setting.mode == "quick" else (BASE_RANDOM, TRAINED, BUNDLED))
+    models = all_models(setting.build, setting.trained)
+    measured: list[Cell] = []
+    notes = [f"{name}: not there" for name in chosen if name not in models]
+    unavailable: dict[str, str] = {}
+    backends: dict[Precision, Backend] = {}
+    for model in (models[name] for name in chosen if name in models):
+        try:
+            text = text_for(model, setting)
+        except PeerUnavailableError as error:
+            unavailable[f"onnxlate, {model.name}"] = str(error)
+            continue
+        except (FileNotFoundError, ImportError) as error:
+            notes.append(f"{model.name}: {error}")
+            continue
+        for precision in precisions(setting):
+            wanted = shapes(model, precision, setting)
+            if not wanted:
+                continue
+            if precision not in backends:
+                backends[precision] = backend.choose(model, precision, setting)
+                notes += backends[precision].notes
+            with open_field(model, precision, setting, backends[precision].environment) as runners:
+                for shape in wanted:
+                    found = measure(model, precision, shape, text, runners, setting)
+                    measured += found
+                    for cell in found:
+                        setting.say(cells.line_on(cell))
+            unavailable |= {f"{who}, {model.name}, {precision}": reason for who, reason in runners.unavailable.items()}
+    return Section.of(measured, notes=dict.fromkeys(notes), unavailable=unavailable, seconds=time.monotonic() - started)
+
+
+def precisions(setting: Setting) -> tuple[Precision, ...]:
+    """Those that the device is good at."""
+    return ("fp16",) if setting.device == "cuda" else ("fp32", "int8")
+
+
+def shapes(model: BenchModel, precision: Precision, setting: Setting) -> list[Shape]:
+    """The cells of a model and a precision."""
+    if setting.mode == "full":
+        return [Shape(batch, beam_size) for batch in (1, 8, 32, 128) for beam_size in (1, 4)]
+    if model.is_trained:
+        return [Shape(32, 1)] if precision != "fp32" else []
+    beam_sizes = (1,) if precision == "fp32" else (1, 4)
+    return [Shape(batch, beam_size) for batch in (1, 32) for beam_size in beam_sizes]
+
+
+def text_for(model: BenchModel, setting: Setting) -> Text:
+    """Captions for a trained model, random ids for another.
+
+    Raises:
+        PeerUnavailableError: the model's tokenizer is not to be had.
+        FileNotFoundError, ImportError: no captions, or nothing to score answers with.
+    """
+    bundle = model.open_bundle("fp16" if setting.device == "cuda" else "int8")
+    tokenizer, eos_id = load_tokenizer(bundle), bundle.manifest.ids.eos
+    if not model.is_trained:
+        return Text(sentences.random_sources(1024, SOURCE_TOKENS, ordinary_ids(bundle), eos_id), TARGET_TOKENS)
+    captions = sentences.read_captions(setting.captions)
+    if setting.mode == "quick":
+        captions = captions.first(200)
+
+    def score(targets: Sequence[tuple[int, ...]]) -> float:
+        return sentences.bleu([tokenizer.decode(target) for target in targets], captions.references[: len(targets)])
+
+    return Text(tuple((*tokenizer.encode(source), eos_id) for source in captions.sources), score=score)
+
+
+def ordinary_ids(bundle: Bundle) -> range:
+    """Source ids that are no markers: these are the first few, or the last one."""
+    return range(_FIRST_ORDINARY_ID, bundle.manifest.architecture.source_vocab_size - 1)
+
+
+def open_field(
+    model: BenchModel, precision: Precision, setting: Setting, environment: dict[str, str]
+) -> AbstractContextManager[Field]:
+    """A process for every peer and split; ``environment`` is CTranslate2's."""
+
+    def specs(peer: str) -> list[PeerSpec]:
+        directory = model.directory_for(peer, precision)
+        return [
+            PeerSpec(
+                peer=peer,
+                directory=directory,
+                precision=precision,
+                split=split,
+                device=setting.device,
+                environment=environment if peer == peers.CTRANSLATE2 else {},
+            )
+            for split in peers.splits_of(peer, setting.cores, setting.device)
+        ]
+
+    chosen = [peer for peer in peers.PEERS if not setting.peers or peer in setting.peers]
+    if setting.mode == "quick" and precision == "int8":
+        chosen = [peer for peer in chosen if peer != peers.HUGGING_FACE]
+    return race.opened({peer: functools.partial(specs, peer) for peer in chosen})
+
+
+def measure(model: BenchModel, precision: Precision, shape: Shape, text: Text, runners: Field, setting: Setting) -> list[Cell]:
+    """One cell by everyone."""
+    full = setting.mode == "full"
+
+    def job_for(lane: Lane) -> Job | None:
+        if lane.peer != peers.HUGGING_FACE:
+            return text.job(shape, setting.cores, waves=waves(shape, text, full=full))
+        # It has one batch at a time, and needs long for it.
+        return text.job(shape, 1, waves=4 if shape.one_at_a_time else 1)
+
+    answers = race.race(runners, job_for, race.FULL if full else race.QUICK)
+    return [cell_of(model, precision, shape, text, lane, found, setting.cores) for lane, found in answers.items() if found]
+
+
+def waves(shape: Shape, text: Text, *, full: bool) -> int:
+    """Batches for each worker: enough for a run of a second or so, and all of natural text, whose lengths differ."""
+    if text.target_tokens is None and not shape.one_at_a_time:
+        return len(text.sources)
+    return max(1, (32 if full else 8) // shape.batch)
+
+
+def cell_of(
+    model: BenchModel, precision: Precision, shape: Shape, text: Text, lane: Lane, answers: Sequence[Answer], cores: int
+) -> Cell:
+    """The figures of one lane's answers."""
+    number = len(answers[-1].targets)
+    latencies = tuple(latency for answer in answers for latency in answer.latencies_s)
+    assert lane.process.loaded is not None
+    return Cell(
+        model=model.name,
+        peer=lane.peer,
+        precision=precision,
+        split=lane.split,
+        settings=lane.process.loaded.description,
+        batch=shape.batch,
+        beam_size=shape.beam_size,
+        one_at_a_time=shape.one_at_a_time,
+        sources=number,
+        tokens_per_s=Measurement(tuple(answer.target_tokens / answer.seconds for answer in answers), "tokens/s"),
+        sentences_per_s=Measurement(tuple(number / answer.seconds for answer in answers), "sentences/s"),
+        latency_s=Measurement(latencies) if latencies else None,
+        cpu_s_per_sentence=Measurement(tuple(answer.cpu_seconds / number for answer in answers)),
+        rss_bytes=answers[-1].rss_bytes,
+        bleu=text.score(answers[-1].targets) if text.score else None,
+    )
+
+
+def render(section: Section) -> str:
+    """Tables by model and precision; see ``Experiment``."""
+    return cells.tables(section.records_as(Cell))
+
+
+def plot(section: Section, directory: Path) -> Sequence[Plot]:
+    """Bars by model and precision; see ``Experiment``."""
+    return plots.offline(cells.best_splits(section.records_as(Cell)), directory)

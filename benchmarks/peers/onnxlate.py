@@ -1,0 +1,96 @@
+"""onnxlate's engine, in process: no rpc and no text, as the others have none.
+
+A batch is so many rows of each worker. All sources are submitted at once; the engine batches continuously.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import queue
+import time
+from collections.abc import Sequence
+
+from benchmarks.peers.base import Job, PeerSpec, longest_first
+from serving.bundle import read_bundle
+from serving.config import EngineConfig
+from serving.engine import Engine
+from serving.request import DecodingOptions, Outcome
+from serving.request import Sequence as EngineSequence
+
+# Waiting that long for one sequence is a fault.
+_PATIENCE_S = 600.0
+
+
+class OnnxlatePeer:
+    """A bundle and an engine on it; a batch of other rows takes another engine."""
+
+    def __init__(self, spec: PeerSpec) -> None:
+        self._spec = spec
+        self._bundle = read_bundle(spec.directory)
+        self._config = EngineConfig(device=spec.device, threads=spec.split.workers * spec.split.threads)
+        self._engine = self._start()
+
+    def _start(self) -> Engine:
+        engine = Engine(self._bundle, self._config)
+        engine.start()
+        return engine
+
+    def prepare(self, job: Job) -> None:
+        """An engine whose workers have the batch's rows; a source by itself takes as many as its beam in any engine."""
+        rows = job.batch * job.beam_size
+        if rows != self._config.max_rows_per_worker and not job.one_at_a_time:
+            self._engine.close()
+            # Or both would be in memory at once.
+            del self._engine
+            gc.collect()
+            self._config = EngineConfig(
+                device=self._config.device,
+                threads=self._config.threads,
+                max_rows_per_worker=rows,
+                max_waiting_sequences=max(self._config.max_waiting_sequences, len(job.sources)),
+                max_waiting_tokens=max(self._config.max_waiting_tokens, sum(map(len, job.sources))),
+            )
+            self._engine = self._start()
+
+    def translate(self, sources: Sequence[tuple[int, ...]], job: Job) -> list[tuple[int, ...]]:
+        """As ``Peer`` says.
+
+        Raises:
+            EngineError: a graph failed.
+        """
+        options = DecodingOptions(
+            beam_size=job.beam_size, min_target_tokens=job.min_target_tokens, max_target_tokens=job.max_target_tokens
+        )
+        outcomes: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+
+        def sequence(place: int) -> EngineSequence:
+            return EngineSequence(
+                source_ids=sources[place],
+                options=options,
+                arrived_at_s=time.monotonic(),
+                expires_at_s=math.inf,
+                on_outcome=lambda outcome: outcomes.put((place, outcome)),
+            )
+
+        self._engine.submit([sequence(place) for place in longest_first(sources)])
+        found: dict[int, tuple[int, ...]] = {}
+        for _ in sources:
+            place, outcome = outcomes.get(timeout=_PATIENCE_S)
+            if outcome.error is not None:
+                raise outcome.error
+            found[place] = outcome.hypotheses[0].target_ids
+        return [found[place] for place in range(len(sources))]
+
+    def describe(self) -> str:
+        """The settings it runs with."""
+        return f"workers={self._config.num_workers}, the batch's rows each, {self._spec.precision}"
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._engine.close()
+
+
+def open_model(spec: PeerSpec) -> OnnxlatePeer:
+    """Load a bundle."""
+    return OnnxlatePeer(spec)

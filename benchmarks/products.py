@@ -1,0 +1,179 @@
+"""The matrix products of a translation, alone: which they are, and small ONNX graphs of nothing else.
+
+Knows shapes of the paper's Transformer as this project exports it (query, key and value in one product; keys and values of all
+cross-attention layers in another), and how a product is written in each precision. Does not know what a translation takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.results import Precision
+
+_OPSET = 21
+_SEED = 0
+# As ``export.quantize`` has it.
+_ZERO_POINT = 128
+_BYTES = {"fp32": 4, "int8": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What decides the shapes."""
+
+    d_model: int
+    encoder_d_ff: int
+    decoder_d_ff: int
+    encoder_layers: int
+    decoder_layers: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[rows, inputs] x [inputs, outputs]."""
+
+    inputs: int
+    outputs: int
+
+
+def encoder_products(sizes: Sizes) -> list[Product]:
+    """Of one pass over a source, the cross-attention's keys and values included."""
+    d = sizes.d_model
+    layer = [Product(d, 3 * d), Product(d, d), Product(d, sizes.encoder_d_ff), Product(sizes.encoder_d_ff, d)]
+    return layer * sizes.encoder_layers + [Product(d, 2 * d * sizes.decoder_layers)]
+
+
+def step_products(sizes: Sizes) -> list[Product]:
+    """Of one decoder step."""
+    d = sizes.d_model
+    attention = [Product(d, 3 * d), Product(d, d), Product(d, d), Product(d, d)]
+    layer = [*attention, Product(d, sizes.decoder_d_ff), Product(sizes.decoder_d_ff, d)]
+    return layer * sizes.decoder_layers + [Product(d, sizes.vocabulary)]
+
+
+def weight_bytes(products: Sequence[Product], precision: Precision) -> int:
+    """What the weights take, with a float32 scale for each column in int8."""
+    return sum(
+        product.inputs * product.outputs * _BYTES[precision] + (4 * product.outputs if precision == "int8" else 0)
+        for product in products
+    )
+
+
+def graph_of(products: Sequence[Product], precision: Precision) -> bytes:
+    """A graph that does these products one after the other, each with weights of its own; its inputs are shared by width.
+
+    Inputs are ``x{width}`` [rows, width], float32, or uint8 around 128 in int8; outputs ``y{i}`` [rows, outputs], float32.
+    """
+    generator = np.random.default_rng(_SEED)
+    nodes, initializers, outputs = [], [], []
+    if precision == "int8":
+        initializers.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
+        initializers.append(numpy_helper.from_array(np.array(_ZERO_POINT, np.uint8), "zero_point"))
+    for i, product in enumerate(products):
+        shape = (product.inputs, product.outputs)
+        x, w, y = f"x{product.inputs}", f"w{i}", f"y{i}"
+        if precision == "int8":
+            weight: npt.NDArray[np.generic] = generator.integers(-127, 128, shape, dtype=np.int8)
+            initializers.append(numpy_helper.from_array(np.full(product.outputs, 1e-3, np.float32), f"s{i}"))
+            named = [x, w, "one", f"s{i}", "zero_point"]
+            nodes.append(helper.make_node("MatMulIntegerToFloat", named, [y], domain="com.microsoft"))
+        else:
+            weight = generator.standard_normal(shape, dtype=np.float32)
+            nodes.append(helper.make_node("MatMul", [x, w], [y]))
+        initializers.append(numpy_helper.from_array(weight, w))
+        outputs.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, ["rows", product.outputs]))
+    kind = TensorProto.UINT8 if precision == "int8" else TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info(f"x{k}", kind, ["rows", k]) for k in widths(products)]
+    graph = helper.make_graph(nodes, "products", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def widths(products: Sequence[Product]) -> list[int]:
+    """The inputs' widths, each once."""
+    return list(dict.fromkeys(product.inputs for product in products))
+
+
+class ProductSession:
+    """A graph of products, loaded once for all threads; each call runs on its caller's thread."""
+
+    def __init__(self, products: Sequence[Product], precision: Precision) -> None:
+        self._products = list(products)
+        self._dtype = np.uint8 if precision == "int8" else np.float32
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        graph = graph_of(self._products, precision)
+        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def seconds(self, rows: int, *, threads: int, repetitions: int) -> float:
+        """Seconds of one pass, when ``threads`` threads make passes on ``rows`` rows each, all at the same time.
+
+        Args:
+            rows: of each thread.
+            threads: at work.
+            repetitions: passes of each thread, over which the time is averaged; a first one does not count.
+        """
+        bindings = [self._binding(rows) for _ in range(threads)]
+        # By their own clocks: by the time that somebody else looks, short passes are over.
+        began, ended = [0.0] * threads, [0.0] * threads
+        start = threading.Barrier(threads)
+
+        def work(number: int) -> None:
+            self._session.run_with_iobinding(bindings[number])
+            start.wait()
+            began[number] = time.perf_counter()
+            for _ in range(repetitions):
+                self._session.run_with_iobinding(bindings[number])
+            ended[number] = time.perf_counter()
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return (max(ended) - min(began)) / repetitions
+
+    def _binding(self, rows: int) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        for k in widths(self._products):
+            values = np.full((rows, k), 130, self._dtype)
+            binding.bind_ortvalue_input(f"x{k}", ort.OrtValue.ortvalue_from_numpy(values))
+        for i, product in enumerate(self._products):
+            buffer = np.zeros((rows, product.outputs), np.float32)
+            binding.bind_ortvalue_output(f"y{i}", ort.OrtValue.ortvalue_from_numpy(buffer))
+        return binding
+
+
+def read_bandwidth(*, threads: int, buffer_bytes: int = 2**28, repetitions: int = 3) -> float:
+    """Bytes a second that ``threads`` threads together read from memory; the best of several passes over large buffers.
+
+    Args:
+        threads: each with a part of its own.
+        buffer_bytes: of all parts; larger than the caches.
+        repetitions: passes, of which the fastest counts.
+    """
+    parts = [np.ones(buffer_bytes // 4 // threads, np.float32) for _ in range(threads)]
+    best = 0.0
+    for _ in range(repetitions + 1):
+        workers = [threading.Thread(target=part.max) for part in parts]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,59 @@
+"""``python -m benchmarks.served soak | shell``: two measurements of onnxlate's server alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from benchmarks.experiment import Setting
+from benchmarks.models import BUNDLED, TRAINED
+from benchmarks.served.comparison import chosen_model, read_corpus
+from benchmarks.served.point import Times
+from benchmarks.served.servers import Knobs, OnnxlateServer
+from benchmarks.served.shell import measure_shell
+from benchmarks.served.soak import CLIENTS, REQUESTS, soak
+from serving.config import available_cpus
+
+_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
+_DEFAULTS = Setting()
+
+
+@click.group(context_settings={"show_default": True})
+def main() -> None:
+    """Measure onnxlate's server; ``python -m benchmarks --only served`` compares it."""
+
+
+@main.command("soak")
+@click.option("--model", default=BUNDLED, help="A trained model of the benchmark.")
+@click.option("--requests", type=_COUNT, default=REQUESTS)
+@click.option("--clients", type=_COUNT, default=CLIENTS)
+@click.option("--cores", type=_COUNT, default=available_cpus)
+@click.option("--build", type=_DIRECTORY, default=_DEFAULTS.build)
+def soak_command(model: str, requests: int, clients: int, cores: int, build: Path) -> None:
+    """Send many requests and watch the server's memory."""
+    setting = Setting(build=build, models=(model,), cores=cores)
+    bundle = chosen_model(setting).bundle("int8")
+    with OnnxlateServer(bundle, Knobs(batch=64), threads=cores) as server:
+        click.echo(soak(server, read_corpus(setting.captions), requests=requests, clients=clients, say=click.echo))
+
+
+@main.command("shell")
+@click.option("--model", default=TRAINED, help="A trained model of the benchmark.")
+@click.option("--clients", type=_COUNT, multiple=True, default=(1, 8, 64))
+@click.option("--beam-size", type=_COUNT, default=1)
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Of each load.")
+@click.option("--cores", type=_COUNT, default=available_cpus)
+@click.option("--build", type=_DIRECTORY, default=_DEFAULTS.build)
+def shell_command(model: str, clients: tuple[int, ...], beam_size: int, seconds: float, cores: int, build: Path) -> None:
+    """Measure CPU time a sentence outside the model's graphs."""
+    setting = Setting(build=build, models=(model,), cores=cores)
+    bundle = chosen_model(setting).bundle("int8")
+    times = Times(warmup_s=0.0, duration_s=seconds)
+    for cost in measure_shell(bundle, read_corpus(setting.captions), times, clients=clients, threads=cores, beam_size=beam_size):
+        click.echo(cost)
+
+
+if __name__ == "__main__":
+    main()

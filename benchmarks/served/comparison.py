@@ -1,0 +1,159 @@
+"""The experiment: which model, which text, which servers, which settings of them are tried."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import backend, peers
+from benchmarks.experiment import Setting
+from benchmarks.models import BUNDLED, ROOT, TRAINED, BenchModel, all_models
+from benchmarks.process import PeerUnavailableError
+from benchmarks.results import Section
+from benchmarks.sentences import read_captions
+from benchmarks.served.point import Bench, Corpus, Times
+from benchmarks.served.servers import (
+    ConvertedModel,
+    Knobs,
+    MosecServer,
+    OnnxlateServer,
+    PeerOptions,
+    Server,
+    ServerUnavailableError,
+)
+from benchmarks.served.shell import SHELL_MS_TO_REACH, measure_shell
+from benchmarks.served.soak import soak
+from benchmarks.served.sweep import FULL, QUICK, Contender, Sweep
+
+TITLE = "Served"
+
+BEAM_SIZES = (1, 4)
+SAMPLES = ROOT / "examples" / "multi30k" / "samples.txt"
+
+# Sources that a worker decodes together, at most; rows are so many times the beam.
+_SOURCES = (32, 64, 16)
+_PEER_KNOBS = tuple(Knobs(batch=batch, wait_ms=wait_ms) for batch in (32, 16) for wait_ms in (5, 2))
+_PYTRITON = "CTranslate2 + PyTriton"
+_WHY_NO_PYTRITON = (
+    "nvidia-pytriton 0.7.0 asks for numpy 1, onnxlate for numpy 2; in an environment of its own its backend loads no model: on "
+    " CPython 3.11.7 \"'_thread.RLock' object has no attribute '_recursion_count'\", on 3.12.1 it wants a shared libpython"
+)
+
+
+def run(setting: Setting) -> Section:
+    """Measure every point of the mode; see the package."""
+    started_s = time.monotonic()
+    if setting.device != "cpu":
+        return Section(notes=("Served is measured on the CPU alone.",))
+    model = chosen_model(setting)
+    corpus = read_corpus(setting.captions)
+    sweep = Sweep(Bench(model=model.name, corpus=corpus), QUICK if setting.mode == "quick" else FULL, setting.say)
+    unavailable = {_PYTRITON: _WHY_NO_PYTRITON}
+    peer: Peer | None = None
+    if not setting.peers or peers.CTRANSLATE2 in setting.peers:
+        try:
+            peer = open_peer(model, setting)
+            sweep.notes += peer.notes
+        except PeerUnavailableError as error:
+            unavailable[MosecServer.name] = str(error)
+    bundle = model.bundle("int8")
+    for beam_size in BEAM_SIZES:
+        sweep.run(beam_size, contenders(bundle, peer, setting.cores, beam_size))
+    try:
+        sweep.notes += on_our_own(bundle, corpus, setting)
+    except (PeerUnavailableError, ServerUnavailableError) as error:
+        unavailable["onnxlate's shell and soak"] = str(error)
+    return Section.of(
+        sweep.points,
+        notes=(f"{model.name}, int8, {len(corpus.texts)} texts; {setting.cores} workers of one thread each", *sweep.notes),
+        unavailable=unavailable | sweep.unavailable,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def chosen_model(setting: Setting) -> BenchModel:
+    """The first of those asked for that is trained; else the trained base model, or the bundled one where that is not there.
+
+    Raises:
+        PeerUnavailableError: there is none.
+    """
+    models = all_models(setting.build, setting.trained)
+    for name in (*setting.models, TRAINED, BUNDLED):
+        if name in models and models[name].is_trained:
+            return models[name]
+    raise PeerUnavailableError("no trained model is there")
+
+
+def read_corpus(captions: Path) -> Corpus:
+    """The captions with their references; where they are not there, the sentences that come with the project."""
+    try:
+        found = read_captions(captions)
+    except FileNotFoundError:
+        lines = SAMPLES.read_text(encoding="utf-8").splitlines()
+        return Corpus(texts=tuple(line for line in lines if line.strip()))
+    return Corpus(texts=found.sources, references=found.references)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """CTranslate2's form of the model, and how its servers are started."""
+
+    model: ConvertedModel
+    environment: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def open_peer(model: BenchModel, setting: Setting) -> Peer:
+    """Convert the model and choose CTranslate2's kernels.
+
+    Raises:
+        PeerUnavailableError: a package is missing, or the model cannot be converted.
+    """
+    if importlib.util.find_spec("mosec") is None:
+        raise PeerUnavailableError("mosec is not installed")
+    directory = model.ctranslate2("int8")
+    kernels = backend.choose(model, "int8", setting)
+    bundle = model.open_bundle("int8")
+    tokenizer = bundle.manifest.tokenizer
+    converted = ConvertedModel(
+        directory=directory.resolve(),
+        source_tokenizer=bundle.path(tokenizer.source_model).resolve(),
+        target_tokenizer=bundle.path(tokenizer.target_model).resolve(),
+    )
+    return Peer(converted, kernels.environment, kernels.notes)
+
+
+def on_our_own(bundle: Path, corpus: Corpus, setting: Setting) -> list[str]:
+    """What is measured of onnxlate alone: the shell's cost, and in full mode memory over many requests to the small model.
+
+    Raises:
+        ServerUnavailableError: the server does not start.
+        PeerUnavailableError: the small model cannot be exported.
+    """
+    full = setting.mode == "full"
+    times = Times(warmup_s=0.0, duration_s=10.0 if full else 3.0)
+    costs = measure_shell(bundle, corpus, times, clients=(8, 64) if full else (64,), threads=setting.cores)
+    notes = [f"Shell (at most {SHELL_MS_TO_REACH:g} ms to reach): {cost}" for cost in costs]
+    models = all_models(setting.build, setting.trained)
+    if full and BUNDLED in models:
+        with OnnxlateServer(models[BUNDLED].bundle("int8"), Knobs(batch=64), threads=setting.cores) as server:
+            notes.append(f"Soak, {BUNDLED}: {soak(server, corpus, say=setting.say)}")
+    return notes
+
+
+def contenders(bundle: Path, peer: Peer | None, cores: int, beam_size: int) -> list[Contender]:
+    """The servers, each with the settings to try, the first being taken where none are tried."""
+    rows = [Knobs(batch=sources * beam_size) for sources in _SOURCES]
+
+    def onnxlate(knobs: Knobs) -> Server:
+        return OnnxlateServer(bundle, knobs, threads=cores)
+
+    found: list[Contender] = [(rows, onnxlate)]
+    if peer is not None:
+        options = PeerOptions(model=peer.model, beam_size=beam_size, workers=cores, environment=peer.environment)
+        found.append((_PEER_KNOBS, functools.partial(MosecServer, options)))
+    return found

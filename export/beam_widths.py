@@ -1,0 +1,135 @@
+"""Ragged cross-attention in a traced decoder: real operators in place of ``attention.RAGGED_CROSS_ATTENTION``.
+
+Knows the ONNX graph and one operator, GroupQueryAttention: it reads each source's keys and values up to the source's own length,
+and lets several query heads share them. The hypotheses of a source are such heads: W hypotheses of h heads are W * h query
+heads over h heads of keys. How many query heads there are is an attribute, not an input, so a graph for all widths has a branch
+for each; a branch is that operator and the products stay outside. The condition costs a few microseconds a layer.
+
+Does not know the model, quantization or files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from export.attention import RAGGED_CROSS_ATTENTION, RAGGED_DOMAIN, quantized_cache_attributes
+
+_CONTRIB = "com.microsoft"
+# Optional inputs between the lengths and the scales: rotation, positions, bias, sinks.
+_UNUSED = [""] * 5
+
+
+def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int, max_width: int) -> None:
+    """Replace, in place, each stand-in by branches for the widths 1 to ``max_width``.
+
+    Args:
+        model: a traced decoder.
+        target_ids: the input [B, W] that tells the width.
+        head_dim: width of one head.
+        max_width: a wider step fails.
+    """
+    builder = _Builder(target_ids, head_dim, max_width)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.domain == RAGGED_DOMAIN and node.op_type == RAGGED_CROSS_ATTENTION:
+            nodes.append(builder.branches(node))
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend([*builder.shared_nodes, *nodes])
+    model.graph.initializer.extend(builder.constants)
+    kept = [opset for opset in model.opset_import if opset.domain not in (RAGGED_DOMAIN, _CONTRIB)]
+    del model.opset_import[:]
+    model.opset_import.extend([*kept, helper.make_opsetid(_CONTRIB, 1)])
+
+
+class _Builder:
+    """Makes the branches, and what they share."""
+
+    def __init__(self, target_ids: str, head_dim: int, max_width: int) -> None:
+        self._head_dim = head_dim
+        self._max_width = max_width
+        self.constants: list[TensorProto] = []
+        self._constant_names: set[str] = set()
+        self.shared_nodes = [
+            helper.make_node("Shape", [target_ids], ["ragged.width_1d"], start=1, end=2),
+            helper.make_node("Squeeze", ["ragged.width_1d"], ["ragged.width"]),
+        ]
+        for width in range(1, max_width):
+            limit = self._constant(f"ragged.is.{width}", width)
+            self.shared_nodes.append(helper.make_node("LessOrEqual", ["ragged.width", limit], [f"ragged.up_to.{width}"]))
+
+    def branches(self, node: NodeProto) -> NodeProto:
+        """What stands for one stand-in. Greedy search, the most frequent, is decided first; the others by halving."""
+        name = f"ragged.{node.output[0]}"
+        if self._max_width == 1:
+            raise ValueError("max_width must be at least 2")
+        return self._decision(node, name, list(node.output), 1, self._leaf(node, 1), self._between(node, 2, self._max_width))
+
+    def _between(self, node: NodeProto, low: int, high: int) -> GraphProto:
+        if low == high:
+            return self._leaf(node, low)
+        middle = (low + high) // 2
+        name = f"ragged.{node.output[0]}.{low}_{high}"
+        outputs = [f"{name}.{i}" for i in range(3)]
+        decision = self._decision(
+            node, name, outputs, middle, self._between(node, low, middle), self._between(node, middle + 1, high)
+        )
+        return self._graph(node, name, [decision], outputs)
+
+    @staticmethod
+    def _decision(node: NodeProto, name: str, outputs: list[str], up_to: int, then: GraphProto, other: GraphProto) -> NodeProto:
+        return helper.make_node("If", [f"ragged.up_to.{up_to}"], outputs, name=name, then_branch=then, else_branch=other)
+
+    def _leaf(self, node: NodeProto, width: int) -> GraphProto:
+        """GroupQueryAttention of one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""
+        query, no_keys, key, value, last, longest, *scales = node.input
+        heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+        name = f"ragged.{node.output[0]}.w{width}"
+        outputs = [f"{name}.{i}" for i in range(3)]
+        grouped_query, grouped = (query, outputs[0]) if width == 1 else (f"{name}.query", f"{name}.grouped")
+        attend = helper.make_node(
+            "GroupQueryAttention",
+            [grouped_query, no_keys, no_keys, key, value, last, longest, *(_UNUSED if scales else []), *scales],
+            [grouped, *outputs[1:]],
+            name=f"{name}.attend",
+            domain=_CONTRIB,
+            num_heads=width * heads,
+            kv_num_heads=heads,
+        )
+        attend.attribute.extend(helper.make_attribute(*pair) for pair in quantized_cache_attributes(bool(scales)).items())
+        if width == 1:
+            return self._graph(node, name, [attend], outputs)
+        d, w = self._head_dim, width
+        nodes = [
+            *self._swap(query, grouped_query, f"{name}.in", [0, w, heads, d], [0, 1, heads * w * d]),
+            attend,
+            *self._swap(grouped, outputs[0], f"{name}.out", [0, heads, w, d], [0, w, heads * d]),
+        ]
+        return self._graph(node, name, nodes, outputs)
+
+    def _swap(self, source: str, target: str, name: str, split: list[int], merged: list[int]) -> list[NodeProto]:
+        """Exchange the two middle axes of ``split``; 0 keeps the first."""
+        return [
+            helper.make_node("Reshape", [source, self._constant(f"ragged.shape.{split}", split)], [f"{name}.split"]),
+            helper.make_node("Transpose", [f"{name}.split"], [f"{name}.swapped"], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [f"{name}.swapped", self._constant(f"ragged.shape.{merged}", merged)], [target]),
+        ]
+
+    def _constant(self, name: str, value: int | list[int]) -> str:
+        if name not in self._constant_names:
+            self._constant_names.add(name)
+            self.constants.append(numpy_helper.from_array(np.array(value, np.int64), name))
+        return name
+
+    @staticmethod
+    def _graph(node: NodeProto, name: str, nodes: list[NodeProto], outputs: list[str]) -> GraphProto:
+        cache_type = TensorProto.INT8 if len(node.input) > 6 else TensorProto.FLOAT
+        types = (TensorProto.FLOAT, cache_type, cache_type)
+        return helper.make_graph(
+            nodes,
+            name,
+            [],
+            [helper.make_tensor_value_info(output, kind, None) for output, kind in zip(outputs, types, strict=True)],
+        )

@@ -1,0 +1,68 @@
+"""int8 graphs whose scales were measured beforehand, on a model's own translations of sample sentences.
+
+Knows the graph modules and what of them is quantized: every product, and both caches, with one scale for each channel. A
+scale is a constant of the graph, so that a row's result cannot depend on its neighbours, and a product needs one small operator
+where scales found at run time need eight. A cache in bytes is a quarter of the memory that a step has to read.
+Does not know ONNX, files, or where the sentences come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer
+from export.model import Transformer
+from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, ObservedLinear
+from export.verify import Reference, module_stepper
+
+
+def calibrated_graphs(model: Transformer, references: Iterable[Reference]) -> tuple[EncoderGraph, DecoderStepGraph]:
+    """Both graphs with int8 products and int8 caches.
+
+    Args:
+        model: trained, in float32.
+        references: sources and the model's translations of them; activations are measured on these.
+    """
+    encoder, decoder = EncoderGraph(model, ObservedLinear).eval(), DecoderStepGraph(model, ObservedLinear).eval()
+    step_through = module_stepper(model.config, encoder, decoder)
+    for reference in references:
+        step_through(reference)
+    _quantize_caches(encoder, decoder, model.config.num_heads)
+    for graph in (encoder, decoder):
+        _quantize_products(graph)
+    return encoder, decoder
+
+
+def _quantize_caches(encoder: EncoderGraph, decoder: DecoderStepGraph, num_heads: int) -> None:
+    """Give every cache its scales, and let the encoder end in bytes."""
+    cross = _observed(encoder.cross)
+    cross_scales = _cache_scale(cross.output_magnitude)
+    encoder.cross = CalibratedInt8Linear(cross, output_scale=cross_scales)
+    encoder.cross_is_int8 = True
+    scales = cross_scales.chunk(encoder.num_tensors)
+    for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, GraphDecoderLayer)
+        _, key, value = _cache_scale(_observed(layer.qkv).output_magnitude).chunk(3)
+        layer.self_scales = CacheScaleBuffers(key, value, num_heads)
+        layer.cross_scales = CacheScaleBuffers(scales[2 * i], scales[2 * i + 1], num_heads)
+
+
+def _quantize_products(module: nn.Module) -> None:
+    """Put an int8 product in the place of every one that was observed."""
+    for name, child in module.named_children():
+        if isinstance(child, ObservedLinear):
+            setattr(module, name, CalibratedInt8Linear(child))
+        else:
+            _quantize_products(child)
+
+
+def _cache_scale(magnitude: Tensor) -> Tensor:
+    """The largest absolute value of each channel -> what one step of its byte stands for."""
+    return magnitude.clamp(min=SMALLEST_MAXIMUM) / 127
+
+
+def _observed(module: nn.Module) -> ObservedLinear:
+    assert isinstance(module, ObservedLinear)
+    return module

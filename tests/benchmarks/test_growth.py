@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import growth
+from benchmarks.growth import Place, Point
+from benchmarks.results import Measurement, Section
+
+POINTS = [
+    Point(axis="beam", x=1, peer="onnxlate", workers=2, value=Measurement((0.010, 0.012, 0.011))),
+    Point(axis="beam", x=1, peer="ctranslate2", workers=2, value=Measurement((0.022,))),
+    Point(axis="beam", x=4, peer="onnxlate", workers=2, value=Measurement((0.040,))),
+    Point(axis="start", peer="onnxlate", workers=2, quantity=growth.LOAD, value=Measurement((0.5,))),
+]
+
+
+def test_every_axis_goes_as_far_as_it_should() -> None:
+    ends: dict[str, list[int]] = {}
+    for axis, x, _ in growth.places(full=True):
+        ends.setdefault(axis, []).append(x)
+    assert {axis: (xs[0], xs[-1]) for axis, xs in ends.items()} == {
+        "target tokens": (16, 256),
+        "source tokens": (8, 256),
+        "beam": (1, 8),
+        "batch": (1, 128),
+    }
+
+
+def test_one_thing_is_changed_at_a_time() -> None:
+    for axis, x, place in growth.places(full=True):
+        changed = {name: value for name in Place.__slots__ if (value := getattr(place, name)) != getattr(Place(), name)}
+        assert changed in ({}, {axis.replace(" ", "_").replace("beam", "beam_size"): x})
+
+
+def test_a_job_forces_the_length() -> None:
+    job = growth.job_for(Place(target_tokens=16, source_tokens=5, batch=3), 2, ids=range(10, 20), eos_id=0)
+    assert [len(source) for source in job.sources] == [5] * 6
+    assert (job.min_target_tokens, job.max_target_tokens, job.batch) == (16, 16, 3)
+
+
+def test_the_page_compares_where_both_ran() -> None:
+    page = growth.render(Section.of(POINTS))
+    assert "| 2 | 1 | 11 (10 to 12) | 22 (22 to 22) | 2.00 |" in page
+    assert "| 2 | 4 | 40 (40 to 40) |  |  |" in page
+    assert "| load, s | 0.5 (0.5 to 0.5) |" in page
+
+
+def test_each_axis_has_its_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (made,) = growth.plot(Section.of(POINTS), tmp_path)
+    assert (tmp_path / made.file_name).read_bytes().startswith(b"\x89PNG")
