@@ -1,8 +1,8 @@
 """int8 graphs whose scales were measured beforehand, on a model's own translations of sample sentences.
 
-Knows the graph modules and what of them is quantized: every product, and both caches, with one scale for each channel. A
-scale is a constant of the graph, so that a row's result cannot depend on its neighbours, and a product needs one small operator
-where scales found at run time need eight. A cache in bytes is a quarter of the memory that a step has to read.
+Knows the graph modules and what of them is quantized: the tables of tokens, every product, and both caches with one scale for
+each channel. A scale is a constant of the graph, so that a row's result cannot depend on its neighbours, and a product needs one
+small operator where scales found at run time need eight. A cache in bytes is a quarter of the memory that a step has to read.
 Does not know ONNX, files, or where the sentences come from.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer
+from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable
 from export.model import Transformer
-from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, ObservedLinear
+from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, Int8TokenTable, ObservedLinear
 from export.verify import Reference, module_stepper
 
 
@@ -32,6 +32,9 @@ def calibrated_graphs(model: Transformer, references: Iterable[Reference]) -> tu
     _quantize_caches(encoder, decoder, model.config.num_heads)
     for graph in (encoder, decoder):
         _quantize_products(graph)
+        table = graph.embedding.tokens
+        assert isinstance(table, TokenTable)
+        graph.embedding.tokens = Int8TokenTable(table.rows)
     return encoder, decoder
 
 

@@ -63,21 +63,35 @@ def max_candidates(vocab_size: int) -> int:
     return -(-vocab_size // candidate_block(vocab_size))
 
 
+class TokenTable(nn.Module):
+    """A row of floating-point numbers for each token."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        """Of rows [V, d_model]."""
+        super().__init__()
+        self.register_buffer("rows", rows)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> [..., d_model]."""
+        return F.embedding(ids, self.rows)
+
+
 class GraphEmbedding(nn.Module):
     """Token embedding with its scale folded in, plus position."""
 
-    tokens: Tensor
     positions: Tensor
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
-        self.register_buffer("tokens", embedding.tokens.weight.detach() * embedding.scale)
+        self.tokens: nn.Module = TokenTable(embedding.tokens.weight.detach() * embedding.scale)
         self.register_buffer("positions", embedding.position_table.detach().clone())
         self.norm = embedding.norm
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
-        embedded: Tensor = self.norm(F.embedding(ids, self.tokens) + F.embedding(positions, self.positions))
+        embedded: Tensor = self.norm(self.tokens(ids) + F.embedding(positions, self.positions))
         return embedded
 
 
@@ -107,13 +121,15 @@ def _linear(linear: LinearFactory, part: nn.Linear) -> nn.Module:
 
 
 class GraphEncoderLayer(nn.Module):
-    """Encoder layer with one product for query, key and value."""
+    """Encoder layer. Its attention takes query, key and value apart, so one product for them would only have to be cut up."""
 
     def __init__(self, layer: EncoderLayer, config: ModelConfig, linear: LinearFactory) -> None:
         super().__init__()
         source = layer.self_attention
         self.num_heads = config.num_heads
-        self.qkv = _fused(linear, source.query, source.key, source.value)
+        self.query = _linear(linear, source.query)
+        self.key = _linear(linear, source.key)
+        self.value = _linear(linear, source.value)
         self.output = _linear(linear, source.output)
         self.attention_residual = layer.self_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
@@ -121,7 +137,8 @@ class GraphEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """[B, S, d_model], lengths [B] -> [B, S, d_model]."""
-        query, key, value = self.qkv(self.attention_residual.enter(x)).chunk(3, dim=2)
+        entered = self.attention_residual.enter(x)
+        query, key, value = self.query(entered), self.key(entered), self.value(entered)
         attended = attention.self_attention(query, key, value, lengths, self.num_heads)
         x = self.attention_residual.leave(x, self.output(attended))
         return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))

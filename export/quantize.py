@@ -94,6 +94,24 @@ class CalibratedInt8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class Int8TokenTable(nn.Module):
+    """Rows of bytes, each with its scale: a quarter of the memory of a table that is kept beside the output layer's."""
+
+    rows: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        """Quantize rows [V, d_model]."""
+        super().__init__()
+        quantized, scales = quantize_columns(rows)
+        self.register_buffer("rows", quantized.t().contiguous())  # [V, d_model]
+        self.register_buffer("scales", scales[:, None])  # [V, 1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> [..., d_model] float32."""
+        return F.embedding(ids, self.rows).float() * F.embedding(ids, self.scales)
+
+
 def to_int8(x: Tensor) -> Tensor:
     """Round to int8, with a scale of one."""
     if torch.onnx.is_in_onnx_export():

@@ -35,7 +35,7 @@ class EngineConfig:
     # CPU threads for the graphs, all workers together.
     threads: int = field(default_factory=available_cpus)
     # Cache rows of one worker: hypotheses that step together at most.
-    max_rows_per_worker: int = 64
+    max_rows_per_worker: int = 128
     # Padded source tokens of one encoder batch; a longer single source goes alone.
     encoder_batch_tokens: int = 1024
     # Sequences that may wait; more are refused as overload.

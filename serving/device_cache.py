@@ -117,6 +117,8 @@ class _TwoBuffers:
 
         In each head of a grown row, the first of ``factor`` pieces of the old capacity is the old head, the others are zeros.
         """
+        if num_rows == 0:
+            return
         old, new = self._tensors[self.current], grown._tensors[grown.current]
         _, num_heads, capacity, _ = old[0].shape
         factor, rest = divmod(new[0].shape[2], capacity)

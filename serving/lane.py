@@ -19,7 +19,7 @@ from serving.search import LaneSearch, make_lane_search
 from serving.session import LaneDecoder, ModelSession
 
 # Positions of a new lane's self-attention cache; it doubles when a target outgrows it.
-_FIRST_TARGET_CAPACITY = 64
+_FIRST_TARGET_CAPACITY = 16
 
 
 @dataclass(slots=True)

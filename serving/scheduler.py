@@ -20,6 +20,8 @@ from serving.request import Sequence
 
 _SHORTEST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 5.0
+# With a long queue, this part of a worker's rows is let run dry before it is filled again.
+_REFILL_PARTS = 8
 # Weight of the newest completion in the mean time between completions.
 _RATE_SMOOTHING = 0.05
 
@@ -152,6 +154,11 @@ class Scheduler:
     def _assign(self, asking: int) -> None:
         """Hand the head of the queue to the worker with the most room, again and again; of equals, to the one that asks."""
         room = self._config.max_rows_per_worker
+        # With more waiting than fits, a few free rows are left free until several sources can be encoded together: one by one
+        # costs an encoder half as much again for each.
+        refill = room // _REFILL_PARTS
+        if len(self._waiting) > refill and room - refill < min(self._rows):
+            return
         while self._waiting:
             worker = min(range(len(self._rows)), key=lambda w: (self._rows[w], w != asking, w))
             rows = self._waiting[0].num_rows

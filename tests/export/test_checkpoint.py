@@ -179,14 +179,15 @@ def test_a_directory_that_is_missing(tmp_path: Path) -> None:
     assert faults_of(tmp_path / "none") == ("there is no such directory",)
 
 
-@pytest.mark.parametrize("config", [None, "{}", '{"architectures": ["MarianMTModel"]}'], ids=["empty", "other", "Marian"])
+@pytest.mark.parametrize("config", [None, "{}", '{"architectures": ["MarianMTModel"]}'], ids=["empty", "other", "no type"])
 def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     (fault,) = faults_of(tmp_path)
     assert fault == (
         "it is of no known format. Known: "
-        'native (config.json with "format": "onnxlate-checkpoint", model.safetensors, tokenizer files)'
+        'native (config.json with "format": "onnxlate-checkpoint", model.safetensors, tokenizer files); '
+        'Hugging Face Marian (config.json with "model_type": "marian", weights, source.spm, vocab.json)'
     )
 
 

@@ -1,18 +1,18 @@
 """The graphs' modules against the model, and the traced graphs against the modules."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from export import graphs
-from export.graphs import Candidates, DecoderStepGraph, EncoderGraph, candidate_block, max_candidates, plain_linear
+from export.graphs import Candidates, DecoderStepGraph, EncoderGraph, candidate_block, max_candidates
 from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step, export_decoder, export_encoder
-from export.quantize import PerRowInt8Linear
 from serving.session import load_graph
 from tests.support import tiny_config
 
@@ -50,7 +50,7 @@ def decode_cached(model: Transformer, source_ids: Tensor, lengths: Tensor, targe
     for t in range(steps):
         positions = torch.full((batch, 1), t, dtype=torch.int32)
         longest = torch.tensor(t + 1, dtype=torch.int32)
-        _, _, step_logits, cache = decoder(
+        _, _, step_logits, cache, _ = decoder(
             target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), cache, cross
         )
         logits.append(step_logits[:, 0, : model.config.target_vocab_size])
@@ -87,7 +87,7 @@ def test_rows_at_different_positions_do_not_see_each_other() -> None:
             torch.tensor([[target[t]]]), torch.tensor([[t]], dtype=torch.int32), torch.tensor(t + 1, dtype=torch.int32),
             lengths, torch.arange(2), part, list(cross_one),
         )  # fmt: skip
-    _, _, logits, _ = decoder(
+    _, _, logits, *_ = decoder(
         torch.tensor([[30], [2]]), torch.tensor([[2], [0]], dtype=torch.int32), torch.tensor(3, dtype=torch.int32),
         lengths.expand(2), torch.arange(2), cache, list(two),
     )  # fmt: skip
@@ -142,6 +142,17 @@ def feeds_for(config: ModelConfig, *, sources: int, width: int, source: int, tar
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model's modules, and what was traced of them."""
+
+    config: ModelConfig
+    encoder: EncoderGraph
+    encoder_onnx: bytes
+    decoder: DecoderStepGraph
+    decoder_onnx: bytes
+
+
 # As many variations at once as there are, and a vocabulary that is looked through in blocks.
 TRACED = {
     "norm": "pre",
@@ -154,26 +165,21 @@ TRACED = {
     "target_vocab_size": 401,
 }
 
-LINEARS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {"fp32": plain_linear, "int8": PerRowInt8Linear}
 
-
-@pytest.fixture(scope="module", params=list(LINEARS))
-def traced(request: pytest.FixtureRequest) -> tuple[Transformer, EncoderGraph, bytes, DecoderStepGraph, bytes]:
+@pytest.fixture(scope="module", params=[True, False], ids=["ragged", "padded"])
+def traced(request: pytest.FixtureRequest) -> Traced:
     model = random_model(**TRACED)
-    encoder, decoder = EncoderGraph(model, LINEARS[request.param]).eval(), DecoderStepGraph(model, LINEARS[request.param]).eval()
-    return model, encoder, export_encoder(encoder), decoder, export_decoder(decoder, model.config)
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model, ragged=request.param).eval()
+    return Traced(model.config, encoder, export_encoder(encoder), decoder, export_decoder(decoder, model.config))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("sources", "length"), [(1, 1), (1, 30), (5, 13)])
-def test_the_traced_encoder_equals_its_module(traced: tuple[object, ...], sources: int, length: int) -> None:
-    _, module, model_bytes, _, _ = traced
-    assert isinstance(module, EncoderGraph)
-    assert isinstance(model_bytes, bytes)
+def test_the_traced_encoder_equals_its_module(traced: Traced, sources: int, length: int) -> None:
     rng = np.random.default_rng(length)
     ids, lengths = rng.integers(4, 64, (sources, length)), rng.integers(1, length + 1, sources).astype(np.int32)
-    (got,) = load_graph(model_bytes).run(["cross_cache"], {"source_ids": ids, "source_lengths": lengths})
-    expected = module(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
+    (got,) = load_graph(traced.encoder_onnx).run(["cross_cache"], {"source_ids": ids, "source_lengths": lengths})
+    expected = traced.encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
     assert got.shape == expected.shape == (4, sources, 2, length, 8)
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(got[:, i, :, :n], expected[:, i, :, :n], atol=2e-5)
@@ -181,18 +187,14 @@ def test_the_traced_encoder_equals_its_module(traced: tuple[object, ...], source
 
 @torch.no_grad()
 @pytest.mark.parametrize(("sources", "width", "source", "target"), [(1, 1, 1, 1), (4, 1, 9, 6), (1, 5, 3, 40), (3, 4, 20, 7)])
-def test_the_traced_step_equals_its_module(
-    traced: tuple[object, ...], sources: int, width: int, source: int, target: int
-) -> None:
-    model, _, _, module, model_bytes = traced
-    assert isinstance(model, Transformer)
-    assert isinstance(module, DecoderStepGraph)
-    assert isinstance(model_bytes, bytes)
-    feeds = feeds_for(model.config, sources=sources, width=width, source=source, target=target, seed=width)
+def test_the_traced_step_equals_its_module(traced: Traced, sources: int, width: int, source: int, target: int) -> None:
+    feeds = feeds_for(traced.config, sources=sources, width=width, source=source, target=target, seed=width)
     names = ["candidate_ids", "candidate_log_probs", "logits", *(f"self_cache_appended.{i}" for i in range(4))]
-    got = load_graph(model_bytes).run(names, feeds)
+    if traced.decoder.ragged:
+        names += [f"cross_cache_kept.{i}" for i in range(4)]
+    got = load_graph(traced.decoder_onnx).run(names, feeds)
     as_tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
-    ids, log_probs, logits, cache = module(
+    ids, log_probs, logits, cache, kept = traced.decoder(
         *(as_tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
         [as_tensors[f"self_cache.{i}"] for i in range(4)],
         [as_tensors[f"cross_cache.{i}"] for i in range(4)],
@@ -200,34 +202,31 @@ def test_the_traced_step_equals_its_module(
     np.testing.assert_allclose(got[2], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(got[1], log_probs.numpy(), atol=1e-4)
     assert np.array_equal(got[0], ids.numpy())
-    for appended, expected in zip(got[3:], cache, strict=True):
+    # Cross-attention caches come back as they were.
+    for i, (tensor, after) in enumerate(zip(got[7:], kept, strict=True)):
+        for row, length in enumerate(feeds["source_lengths"]):
+            assert np.array_equal(tensor[row, :, :length], feeds[f"cross_cache.{i}"][row, :, :length])
+        assert torch.equal(after, as_tensors[f"cross_cache.{i}"])
+    for appended, expected in zip(got[3:7], cache, strict=True):
         # Out of place, the operator copies what a row has so far and leaves the rest; in place, the rest stays what it was.
         for row, position in enumerate(feeds["positions"].reshape(-1)):
             np.testing.assert_allclose(appended[row, :, : position + 1], expected.numpy()[row, :, : position + 1], atol=1e-4)
 
 
-def test_no_slow_or_neighbour_dependent_operator_is_in_the_graphs(traced: tuple[object, ...]) -> None:
-    _, _, encoder, _, decoder = traced
-    for model_bytes in (encoder, decoder):
-        assert isinstance(model_bytes, bytes)
-        operators = {node.op_type for node in onnx.load_from_string(model_bytes).graph.node}
-        assert not operators & {"DynamicQuantizeMatMul", "DynamicQuantizeLinear", "ReduceLogSumExp", "SkipLayerNormalization"}
-        assert "LayerNormalization" in operators
-    assert {"GroupQueryAttention", "MultiHeadAttention"} <= operators
+def operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of all operators of a graph, of its branches too."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from operators(attribute.g)
 
 
-def test_an_int8_row_does_not_depend_on_loud_neighbours() -> None:
-    torch.manual_seed(0)
-    layer = PerRowInt8Linear(torch.randn(6, 16), torch.randn(6))
-    quiet, loud = torch.randn(1, 16), 1000 * torch.randn(3, 16)
-    assert torch.equal(layer(torch.cat([loud, quiet]))[3:], layer(quiet))
-
-
-def test_int8_is_close_to_the_product_and_keeps_zeros() -> None:
-    torch.manual_seed(0)
-    weight, bias, x = torch.randn(32, 64), torch.randn(32), torch.randn(5, 64)
-    layer = PerRowInt8Linear(weight, bias)
-    error = (layer(x) - (x @ weight.T + bias)).abs().max()
-    assert 0 < error < 0.05 * (x @ weight.T).abs().max()
-    assert torch.equal(layer(torch.zeros(1, 64)), bias[None])
-    assert torch.equal(PerRowInt8Linear(weight, None)(torch.zeros(1, 64)), torch.zeros(1, 32))
+def test_no_slow_or_neighbour_dependent_operator_is_in_the_graphs(traced: Traced) -> None:
+    encoder, decoder = (set(operators(onnx.load_from_string(m).graph)) for m in (traced.encoder_onnx, traced.decoder_onnx))
+    for found in (encoder, decoder):
+        assert not found & {"DynamicQuantizeMatMul", "DynamicQuantizeLinear", "ReduceLogSumExp", "SkipLayerNormalization"}
+        assert "LayerNormalization" in found
+    assert "MultiHeadAttention" in encoder
+    assert "GroupQueryAttention" in decoder
+    assert ("MultiHeadAttention" in decoder) != traced.decoder.ragged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from export.pipeline import export_bundle
 from serving.bundle import Bundle, Comparison
 from serving.errors import BundleError, CheckpointError, ExportError
 from serving.session import ModelSession
-from tests.support import TINY_VOCAB_SIZE, tiny_config, write_tiny_checkpoint
+from tests.support import TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 
 SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
 
@@ -41,6 +42,90 @@ def test_references_are_the_models_own_greedy_translations(model: Transformer) -
         decodable = reference.logits.copy()
         decodable[:, [model.config.pad_id, model.config.decoder_start_id]] = -np.inf
         assert tuple(decodable.argmax(axis=1)[:-1]) == reference.target_ids[1:]
+
+
+def plain_references(model: Transformer, sources: list[list[int]], longest: int) -> list[verify.Reference]:
+    """Greedy translation written out: for each token an uncached pass over the whole prefix."""
+    config, references = model.config, []
+    for source in sources:
+        target, logits = [config.decoder_start_id], torch.empty(0)
+        while True:
+            with torch.no_grad():
+                logits = model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([target]))[0]
+            last = logits[-1].clone()
+            last[[config.pad_id, config.decoder_start_id]] = -torch.inf
+            best = int(last.argmax())
+            if best == config.eos_id or len(target) == longest:
+                break
+            target.append(best)
+        references.append(verify.Reference(tuple(source), tuple(target), logits.numpy()))
+    return references
+
+
+def assert_same(got: list[verify.Reference], expected: list[verify.Reference]) -> None:
+    assert [(r.source_ids, r.target_ids) for r in got] == [(r.source_ids, r.target_ids) for r in expected]
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
+
+
+# Added to the logit of the end of the sentence: random models of themselves never stop.
+EAGER_TO_STOP = {"never": 0.0, "late": 1.5, "soon": 2.5}
+FOUR_SOURCES = [*SOURCES, [9, 9, 9, 9, 9, 9, 9, 3]]
+
+
+def stopping_model(eagerness: str) -> Transformer:
+    random = tiny_model(tiny_config(output_bias=True), seed=4)
+    with torch.no_grad():
+        assert random.output.bias is not None
+        random.output.bias[random.config.eos_id] += EAGER_TO_STOP[eagerness]
+    return random
+
+
+@pytest.mark.parametrize("eagerness", EAGER_TO_STOP)
+def test_references_equal_a_pass_for_every_token(eagerness: str) -> None:
+    random = stopping_model(eagerness)
+    references = verify.make_references(random, FOUR_SOURCES)
+    lengths = {len(reference.target_ids) for reference in references}
+    assert lengths == {64} if eagerness == "never" else min(lengths) < max(lengths)
+    assert_same(references, plain_references(random, FOUR_SOURCES, 64))
+
+
+def test_a_model_of_few_positions_ends_there() -> None:
+    random = tiny_model(tiny_config(max_positions=7), seed=1)
+    references = verify.make_references(random, SOURCES)
+    assert max(len(reference.target_ids) for reference in references) == 7
+    assert_same(references, plain_references(random, SOURCES, 7))
+
+
+# What is drafted after a prefix of so many tokens, from what would have been right.
+WRONG_DRAFTS: dict[str, Callable[[list[int], int], list[int]]] = {
+    "nothing": lambda right, prefix: right[:prefix],
+    "too short": lambda right, prefix: right[: prefix + 2],
+    "one token wrong": lambda right, prefix: [*right[: prefix + 1], *((token + 1) % 64 for token in right[prefix + 1 :])],
+    "all tokens wrong": lambda right, prefix: [*right[:prefix], *((token + 7) % 64 for token in right[prefix:])],
+    "beyond the end": lambda right, prefix: [*right, *[11] * (64 - len(right))],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DRAFTS.values(), ids=WRONG_DRAFTS.keys())
+@pytest.mark.parametrize("eagerness", ["late", "soon"])
+def test_wrong_drafts_change_nothing(
+    wrong: Callable[[list[int], int], list[int]], eagerness: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = stopping_model(eagerness)
+    expected = plain_references(random, FOUR_SOURCES, 64)
+    translations = {reference.source_ids: list(reference.target_ids) for reference in expected}
+    drafts: list[list[int]] = []
+
+    def draft(_e: object, _d: object, _c: object, source: list[int], prefix: list[int], _longest: int) -> list[int]:
+        right = translations[tuple(source)]
+        assert prefix == right[: len(prefix)], "a wrong token was kept"
+        drafts.append(wrong(right, len(prefix)))
+        return drafts[-1]
+
+    monkeypatch.setattr(verify, "_drafted", draft)
+    assert_same(verify.make_references(random, FOUR_SOURCES), expected)
+    assert any(tuple(d) not in {r.target_ids for r in expected} for d in drafts)
 
 
 def test_cached_pytorch_is_the_uncached_pass(model: Transformer) -> None:

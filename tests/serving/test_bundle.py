@@ -18,7 +18,7 @@ FILES = {"encoder.onnx": b"the encoder", "decoder.onnx": b"the decoder step", "s
 
 def manifest_fields() -> dict[str, Any]:
     return {
-        "format_revision": 1,
+        "format_revision": 2,
         "name": "tiny",
         "precision": "int8",
         "architecture": {
@@ -31,7 +31,7 @@ def manifest_fields() -> dict[str, Any]:
             "target_vocab_size": 64,
         },
         "ids": {"pad": 0, "eos": 3, "decoder_start": 2},
-        "limits": {"max_source_tokens": 128, "max_target_tokens": 127, "max_candidates": 33},
+        "limits": {"max_source_tokens": 128, "max_target_tokens": 127, "max_candidates": 33, "max_beam_size": 16},
         "languages": [{"source": "en", "target": "de"}],
         "tokenizer": {
             "kind": "sentencepiece",
@@ -132,12 +132,30 @@ def test_a_manifest_that_is_not_json(directory: Path, contents: bytes) -> None:
     assert fault.startswith("manifest.json: is not JSON: ")
 
 
-def test_another_revision_is_named_before_its_unknown_fields(directory: Path) -> None:
-    write_manifest(directory, {**manifest_fields(), "format_revision": 2, "novelty": True})
+@pytest.mark.parametrize("revision", [1, 3], ids=["older", "newer"])
+def test_another_revision_is_named_before_its_unknown_fields(directory: Path, revision: int) -> None:
+    write_manifest(directory, {**manifest_fields(), "format_revision": revision, "novelty": True})
     assert faults_of(directory) == (
-        "manifest.json: format_revision: 2 is not supported (supported: 1); "
+        f"manifest.json: format_revision: {revision} is not supported (supported: 2); "
         "export the checkpoint again with this version of onnxlate",
     )
+
+
+def test_a_bundle_of_the_first_revision_is_told_what_to_do_and_not_which_field_it_lacks(directory: Path) -> None:
+    fields = {**manifest_fields(), "format_revision": 1}
+    del fields["limits"]["max_beam_size"]
+    write_manifest(directory, fields)
+    with pytest.raises(BundleError, match="export the checkpoint again with this version of onnxlate") as caught:
+        read_bundle(directory)
+    assert "max_beam_size" not in str(caught.value)
+
+
+def test_the_widest_beam_must_be_stated(directory: Path) -> None:
+    fields = manifest_fields()
+    del fields["limits"]["max_beam_size"]
+    write_manifest(directory, fields)
+    (fault,) = faults_of(directory)
+    assert fault.startswith("manifest.json: limits.max_beam_size: ")
 
 
 def test_every_field_that_is_wrong_is_named_by_its_path(directory: Path) -> None:
@@ -277,7 +295,7 @@ def test_the_version_tells_manifests_apart_and_not_their_spelling() -> None:
 
 
 def test_the_version_stays_the_same_between_releases() -> None:
-    assert Manifest.model_validate(manifest_fields()).version() == "679a92556f52"
+    assert Manifest.model_validate(manifest_fields()).version() == "b81a47614475"
 
 
 def test_a_manifest_survives_its_own_json() -> None:
@@ -303,11 +321,11 @@ def test_describe() -> None:
         "  languages   en -> de",
         "  model       2 encoder and 1 decoder layers, d_model 16, 2 heads of 8",
         "  vocabulary  64 source, 64 target",
-        "  limits      128 source tokens, 127 target tokens, 33 candidates a step",
+        "  limits      128 source tokens, 127 target tokens, beams of 16, 33 candidates a step",
         "  tokenizer   sentencepiece (sentencepiece.model)",
         "  checkpoint  tiny-checkpoint (weights abababababab)",
         "  made by     onnxlate 0.1.0, torch 2.13.0, ONNX opset 20",
-        "  format      revision 1",
+        "  format      revision 2",
         "",
         "files",
         "                       MB     sha256",

@@ -274,6 +274,56 @@ def test_growing_carries_out_what_was_noted_of_the_rows() -> None:
         assert not tensor[:, :, 4:].any()
 
 
+def test_growing_for_longer_sources_carries_out_what_was_noted_of_them() -> None:
+    memory = NumpyMemory()
+    cache = device_cache(memory)
+    old, new, long = batch_of(3, 8, seed=1), batch_of(1, 8, seed=2), batch_of(2, 13, seed=3)
+    for slot, length in enumerate((8, 5, 6)):
+        cache.write_source(slot, DeviceSource(old, slot), length)
+    cache.settle(3)
+    fill_rows(cache, 3)
+    cache.move_source(2, 0, 1)  # slot 0 left
+    cache.write_source(2, DeviceSource(new, 0), 7)  # not in the cache yet, and neither is the next
+    cache.grow_source(16, 3)
+    cache.write_source(3, DeviceSource(long, 1), 13)
+    cache.settle(4)
+    assert cache.source_capacity == 16
+    assert cache.source_lengths.tolist() == [6, 5, 7, 13]
+    assert np.array_equal(source_in(cache, 0, 4, 6), encoded(old, 2, 6))
+    assert np.array_equal(source_in(cache, 1, 4, 5), encoded(old, 1, 5))
+    assert np.array_equal(source_in(cache, 2, 4, 7), encoded(new, 0, 7))
+    assert np.array_equal(source_in(cache, 3, 4, 13), encoded(long, 1, 13))
+    for tensor in cache.cross_attention(4):
+        assert contents(tensor).shape == (4, 2, 16, 8)
+        assert np.isfinite(contents(tensor)).all()
+    assert rows_of(cache, 3)[0][:4] == [4, 5, 2, 3]
+
+
+def test_an_empty_lane_grows_for_its_first_source() -> None:
+    memory = NumpyMemory()
+    cache = device_cache(memory)
+    batch = batch_of(1, 20, seed=1)
+    cache.grow_source(32, 0)
+    assert memory.gathers == []
+    cache.write_source(0, DeviceSource(batch, 0), 20)
+    cache.settle(1)
+    assert np.array_equal(source_in(cache, 0, 1, 20), encoded(batch, 0, 20))
+
+
+def test_sources_grow_twice() -> None:
+    cache = device_cache(NumpyMemory())
+    batch = batch_of(2, 8, seed=1)
+    for slot in range(2):
+        cache.write_source(slot, DeviceSource(batch, slot), 8)
+    cache.settle(2)
+    cache.grow_source(16, 2)
+    cache.grow_source(64, 2)
+    cache.settle(2)
+    for slot in range(2):
+        assert np.array_equal(source_in(cache, slot, 2, 8), encoded(batch, slot, 8))
+        assert not source_in(cache, slot, 2, 64)[:, :, 8:].any()
+
+
 def test_bytes_are_of_both_buffers() -> None:
     cache = device_cache(NumpyMemory())
     row_bytes, source_bytes = 4 * 2 * 4 * 8 * 4, 4 * 2 * 8 * 8 * 4
@@ -291,9 +341,13 @@ def test_random_changes_equal_those_of_the_cache_in_host_memory() -> None:
     for step in range(300):
         for _ in range(rng.randint(0, 2)):
             if len(lengths) < 5:
-                batch, length = batch_of(2, 8, seed=step), rng.randint(1, 8)
+                # Longer ones as it goes on, so that both caches have to grow for them.
+                batch, length = batch_of(2, 30, seed=step), rng.randint(1, 8 + step // 15)
+                while length > host.source_capacity:
+                    for cache in (device, host):
+                        cache.grow_source(2 * cache.source_capacity, len(lengths))
                 device.write_source(len(lengths), DeviceSource(batch, 1), length)
-                host.write_source(len(lengths), encoded(batch, 1, 8), length)
+                host.write_source(len(lengths), encoded(batch, 1, 30), length)
                 lengths.append(0)
         for slot in sorted(rng.sample(range(len(lengths)), min(len(lengths), rng.choice([0, 0, 1, 2]))), reverse=True):
             last = len(lengths) - 1
@@ -330,6 +384,7 @@ def test_random_changes_equal_those_of_the_cache_in_host_memory() -> None:
         device.copy_rows(forks)
         host.copy_rows(forks)
     assert host.target_capacity > 4
+    assert device.source_capacity == host.source_capacity == 32
 
 
 # From here on ONNX Runtime, with the CPU as the device.

@@ -16,7 +16,7 @@ from serving.config import EngineConfig
 from serving.engine import Engine
 from serving.errors import DeadlineExceededError, EngineError, RequestCancelledError, ShuttingDownError
 from serving.kv_cache import LaneCache
-from serving.lane import Lane, source_capacity
+from serving.lane import Lane
 from serving.observer import NullObserver
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence
 from serving.session import LaneDecoder, ModelSession, pad_sources
@@ -123,9 +123,7 @@ def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: De
     """Greedy decoding written out over the session, one source, nothing shared with the engine but the graphs."""
     ids, lengths = pad_sources([source_ids], session.pad_id)
     encoded = session.encode(ids, lengths)
-    # A source's bucket follows from its own length alone, so it is part of what a source is.
-    capacity = source_capacity(len(source_ids))
-    cache = LaneCache(session.geometry, num_slots=1, width=1, target_capacity=200, source_capacity=capacity)
+    cache = LaneCache(session.geometry, num_slots=1, width=1, target_capacity=200, source_capacity=len(source_ids))
     cache.write_source(0, encoded[0], len(source_ids))
     target_ids, positions = np.full((1, 1), session.decoder_start_id), np.zeros((1, 1), np.int32)
     decoder = session.bind(cache, target_ids, positions, 2)

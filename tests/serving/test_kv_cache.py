@@ -68,3 +68,36 @@ def test_growing_keeps_what_is_used(cache: LaneCache) -> None:
     assert not cache.self_attention[:, 4:].any()
     assert not cache.self_attention[:, :, :, 5:].any()
     assert cache.target_capacity == 10
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_growing_for_longer_sources_keeps_what_is_used(dtype: type[np.generic]) -> None:
+    geometry = CacheGeometry(num_tensors=4, num_heads=2, head_dim=8, dtype=dtype)
+    cache = LaneCache(geometry, num_slots=3, width=2, target_capacity=5, source_capacity=7)
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(-127, 128, (4, 2, length, 8)).astype(dtype) for length in (7, 3, 5)]
+    for slot, source in enumerate(sources):
+        cache.write_source(slot, source, source.shape[2])
+    own = cache.self_attention
+    cache.grow_source(14, 2)
+    assert cache.source_capacity == 14
+    assert cache.cross_attention.shape == (4, 3, 2, 14, 8)
+    assert cache.cross_attention.dtype == dtype
+    for slot, source in enumerate(sources[:2]):
+        length = source.shape[2]
+        assert np.array_equal(cache.cross_attention[:, slot, :, :length], source)
+        assert not cache.cross_attention[:, slot, :, length:].any()
+    # Slot 2 was free: nothing of it is copied. Rows and lengths are not the sources' business.
+    assert not cache.cross_attention[:, 2].any()
+    assert cache.self_attention is own
+    assert cache.source_lengths[:2].tolist() == [7, 3]
+    long = rng.integers(-127, 128, (4, 2, 14, 8)).astype(dtype)
+    cache.write_source(2, long, 14)
+    cache.move_source(2, 0, 0)
+    assert np.array_equal(cache.cross_attention[:, 0], long)
+
+
+def test_an_empty_lane_grows_for_its_first_source(cache: LaneCache) -> None:
+    cache.grow_source(28, 0)
+    assert cache.cross_attention.shape == (4, 3, 2, 28, 8)
+    assert not cache.cross_attention.any()

@@ -286,3 +286,23 @@ def test_encoder_batches_lose_nothing_and_pad_little(lengths: list[int], budget:
     for batch in batches:
         longest, shortest = max(len(s.source_ids) for s in batch), min(len(s.source_ids) for s in batch)
         assert len(batch) == 1 or (longest * len(batch) <= budget and longest <= max(2 * shortest, shortest + 8))
+
+
+def test_a_long_queue_refills_several_rows_at_once() -> None:
+    scheduler = Scheduler(config(max_rows_per_worker=16, max_waiting_sequences=64), 1)
+    sequences = [sequence(length=1) for _ in range(21)]
+    scheduler.submit(sequences)
+    assert scheduler.take(0, 0.0).admitted == sequences[:16]
+    scheduler.leave(0, sequences[0], 1.0)
+    assert scheduler.take(0, 1.0).admitted == []  # one row of sixteen is not an eighth of them
+    scheduler.leave(0, sequences[1], 1.0)
+    assert scheduler.take(0, 1.0).admitted == sequences[16:18]
+
+
+def test_a_short_queue_takes_every_free_row() -> None:
+    scheduler = Scheduler(config(max_rows_per_worker=16, max_waiting_sequences=64), 1)
+    sequences = [sequence(length=1) for _ in range(18)]
+    scheduler.submit(sequences)
+    assert scheduler.take(0, 0.0).admitted == sequences[:16]
+    scheduler.leave(0, sequences[0], 1.0)
+    assert scheduler.take(0, 1.0).admitted == sequences[16:17]

@@ -22,15 +22,19 @@ from grpc_reflection.v1alpha import reflection_pb2
 from serving.bundle import Bundle
 from serving.client import RetryPolicy, TranslationClient
 from serving.config import EngineConfig, RequestLimits
-from serving.errors import BundleError, OverloadedError, RemoteError, ServerStartError, ShuttingDownError
+from serving.engine import Engine
+from serving.errors import BundleError, InvalidRequestError, OverloadedError, RemoteError, ServerStartError, ShuttingDownError
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel, limits_of, load_model
 from serving.observer import NullObserver
 from serving.pb import translation_pb2 as pb
+from serving.preparation import RequestOptions
+from serving.request import DecodingOptions
 from serving.server import TranslationServer, _channel_options
 from serving.servicer import SERVICE_NAME
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold
 from tests.servers import LOCAL, Running, running_server
+from tests.serving.test_engine import translate
 
 ROOT = Path(__file__).parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -405,13 +409,35 @@ def test_a_bundle_is_loaded_with_its_own_limits(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "max_beam_size", "expected"), [(64, 16, 16), (64, 1000, 64), (4, 16, 4), (1000, 1000, None)], ids=str
+    ("rows", "server", "model", "candidates", "expected"),
+    [(64, 16, 24, 1000, 16), (4, 16, 24, 1000, 4), (64, 1000, 24, 1000, 24), (64, 16, 24, 11, 5), (64, 16, 24, 2, 1)],
+    ids=["the server's limit", "a worker's rows", "the graph's widths", "the graph's candidates", "two words"],
 )
-def test_the_widest_beam_is_what_all_allow(tiny_bundle: Bundle, rows: int, max_beam_size: int, expected: int | None) -> None:
+def test_the_widest_beam_is_what_all_allow(
+    tiny_bundle: Bundle, rows: int, server: int, model: int, candidates: int, expected: int
+) -> None:
+    manifest = tiny_bundle.manifest
+    own = manifest.limits.model_copy(update={"max_beam_size": model, "max_candidates": candidates})
     config = EngineConfig(threads=1, max_rows_per_worker=rows)
-    limits = limits_of(tiny_bundle.manifest, config, RequestLimits(max_beam_size=max_beam_size))
-    graph = (tiny_bundle.manifest.limits.max_candidates - 1) // 2
-    assert limits.max_beam_size == min(graph, graph if expected is None else expected)
+    limits = limits_of(manifest.model_copy(update={"limits": own}), config, RequestLimits(max_beam_size=server))
+    assert limits.max_beam_size == expected
+
+
+def test_a_beam_wider_than_the_graphs_is_refused_by_name_and_the_widest_is_translated(tiny_bundle: Bundle) -> None:
+    widest = tiny_bundle.manifest.limits.max_beam_size
+    model = load_model(tiny_bundle.directory, EngineConfig(threads=1), RequestLimits(max_beam_size=1000), NullObserver())
+    try:
+        prepare = model.preparer
+        assert prepare.limits.max_beam_size == widest == 16
+        with pytest.raises(InvalidRequestError, match=f"^options.beam_size: must be from 1 to {widest}, not {widest + 1}$"):
+            prepare.check_options(RequestOptions(beam_size=widest + 1))
+        prepare.check_options(RequestOptions(beam_size=widest))
+        assert isinstance(model.engine, Engine)
+        (outcome,) = translate(model.engine, [((5, 6, 3), DecodingOptions(beam_size=widest, max_target_tokens=3))])
+        assert outcome.error is None
+        assert outcome.hypotheses
+    finally:
+        model.engine.close()
 
 
 def test_without_onnx_runtime_the_extras_are_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

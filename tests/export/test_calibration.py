@@ -1,0 +1,206 @@
+"""int8 graphs of a tiny model: the scales against what a model in float32 makes, the logits, and what is traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from export import verify
+from export.calibration import calibrated_graphs
+from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer
+from export.model import Transformer
+from export.onnx_export import example_step, export_decoder, export_encoder
+from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear
+from serving.session import load_graph
+from tests.support import tiny_config, tiny_model
+
+SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3], [40, 41, 5, 6, 7, 8, 9, 10, 3]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A model, the sentences, and the graphs that were made of both."""
+
+    model: Transformer
+    references: list[verify.Reference]
+    encoder: EncoderGraph
+    decoder: DecoderStepGraph
+    encoder_onnx: bytes
+    decoder_onnx: bytes
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibrated:
+    model = tiny_model(tiny_config(num_decoder_layers=2, d_model=32, num_heads=2, encoder_d_ff=64, decoder_d_ff=48))
+    references = verify.make_references(model, SOURCES)
+    encoder, decoder = calibrated_graphs(model, references)
+    return Calibrated(
+        model, references, encoder, decoder, export_encoder(encoder), export_decoder(decoder, model.config, torch.int8)
+    )
+
+
+@torch.no_grad()
+def caches_after(model: Transformer, reference: verify.Reference) -> tuple[Tensor, Tensor]:
+    """Cross and own caches of a model in float32 after all of a translation: [tensors, heads, positions, head_dim] each."""
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+    lengths = torch.tensor([len(reference.source_ids)], dtype=torch.int32)
+    cross = encoder(torch.tensor([reference.source_ids]), lengths)
+    steps = len(reference.target_ids)
+    *_, own, _ = example_step(model.config, sources=1, width=1, source_capacity=1, target_capacity=steps, dtype=torch.float32)
+    for position, token in enumerate(reference.target_ids):
+        decoder(
+            torch.tensor([[token]]), torch.tensor([[position]], dtype=torch.int32), torch.tensor(position + 1, dtype=torch.int32),
+            lengths, torch.arange(1), own, list(cross),
+        )  # fmt: skip
+    return cross[:, 0], torch.stack(own)[:, 0]
+
+
+def scales_of(buffers: CacheScaleBuffers | None) -> list[Tensor]:
+    assert buffers is not None
+    return [buffers.key, buffers.value]
+
+
+def cache_scales(decoder: DecoderStepGraph, kind: str) -> Tensor:
+    """[tensors, heads, head_dim]"""
+    scales: list[Tensor] = []
+    for layer in decoder.layers:
+        assert isinstance(layer, GraphDecoderLayer)
+        scales += scales_of(layer.self_scales if kind == "self" else layer.cross_scales)
+    return torch.stack(scales)[:, 0, :, 0]
+
+
+@pytest.mark.parametrize("kind", ["cross", "self"])
+def test_a_caches_scales_are_the_largest_of_each_channel_over_127(calibrated: Calibrated, kind: str) -> None:
+    largest = torch.zeros(())
+    for reference in calibrated.references:
+        cross, own = caches_after(calibrated.model, reference)
+        largest = torch.maximum(largest, (cross if kind == "cross" else own).abs().amax(dim=2))
+    scales = cache_scales(calibrated.decoder, kind)
+    assert scales.shape == (4, 2, 16)
+    torch.testing.assert_close(scales, largest / 127, rtol=1e-5, atol=1e-9)
+    assert len(set(scales.flatten().tolist())) == scales.numel(), "a channel has another's scale"
+
+
+def test_scales_follow_from_what_was_observed(calibrated: Calibrated) -> None:
+    """A translation more can only widen a range, and one less can only narrow it."""
+    _, fewer = calibrated_graphs(calibrated.model, calibrated.references[:1])
+    for kind in ("self", "cross"):
+        few, all_ = cache_scales(fewer, kind), cache_scales(calibrated.decoder, kind)
+        assert (few <= all_).all()
+        assert (few < all_).any()
+
+
+def test_every_product_and_table_is_in_bytes(calibrated: Calibrated) -> None:
+    for graph in (calibrated.encoder, calibrated.decoder):
+        modules = list(graph.modules())
+        assert not [module for module in modules if isinstance(module, ObservedLinear | nn.Linear)]
+        assert isinstance(graph.embedding.tokens, Int8TokenTable)
+    # Query, key, value, output and two of the feed-forward network in 2 layers, and all cross-attention keys and values.
+    assert len([m for m in calibrated.encoder.modules() if isinstance(m, CalibratedInt8Linear)]) == 2 * 6 + 1
+    # Two attentions of two products, the feed-forward network's two in 2 layers, and the output.
+    assert len([m for m in calibrated.decoder.modules() if isinstance(m, CalibratedInt8Linear)]) == 2 * 6 + 1
+
+
+def test_after_the_relu_the_whole_byte_is_used(calibrated: Calibrated) -> None:
+    for graph in (calibrated.encoder, calibrated.decoder):
+        zero_points = {
+            name.rpartition(".")[2]: int(module.zero_point)
+            for name, module in graph.named_modules()
+            if isinstance(module, CalibratedInt8Linear)
+        }
+        assert zero_points.pop("outer") == 0
+        assert set(zero_points.values()) == {128}
+
+
+def test_logits_are_near_those_of_float32(calibrated: Calibrated) -> None:
+    config = calibrated.model.config
+    steppers = {
+        "eager": verify.module_stepper(config, calibrated.encoder, calibrated.decoder),
+        "onnx": verify.onnx_stepper(config, calibrated.encoder_onnx, calibrated.decoder_onnx),
+    }
+    spread = float(np.std(np.concatenate([reference.logits for reference in calibrated.references])))
+    for stepper in steppers.values():
+        measured = verify.compare(calibrated.references, stepper, config, reference_name="r", tolerance=None)
+        assert 0 < measured.max_abs_logit_difference < 0.25 * spread
+        assert measured.token_agreement > 0.9
+
+
+def test_the_traced_encoder_ends_in_the_same_bytes(calibrated: Calibrated) -> None:
+    rng = np.random.default_rng(0)
+    ids, lengths = rng.integers(4, 64, (6, 13)), np.array([13, 1, 7, 9, 2, 12], np.int32)
+    (got,) = load_graph(calibrated.encoder_onnx).run(["cross_cache"], {"source_ids": ids, "source_lengths": lengths})
+    with torch.no_grad():
+        expected = calibrated.encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
+    assert got.dtype == expected.dtype == np.int8
+    assert got.shape == (4, 6, 2, 13, 16)
+    valid = np.arange(13) < lengths[:, None]
+    got, expected = (x.transpose(1, 3, 0, 2, 4)[valid].astype(int) for x in (got, expected))
+    # What lies in the middle of two bytes may be rounded to either, in an activation and so in what follows from it.
+    assert np.abs(got - expected).max() <= 3
+    assert (got == expected).mean() > 0.99
+    assert np.abs(expected).max() >= 127, "the range is not used"
+
+
+def random_step(calibrated: Calibrated, *, sources: int, width: int, seed: int) -> dict[str, NDArray[np.generic]]:
+    rng = np.random.default_rng(seed)
+    positions = rng.integers(0, 9, (sources, 1)).repeat(width, 1).astype(np.int32)
+    return {
+        "target_ids": rng.integers(4, 64, (sources, width)),
+        "positions": positions,
+        "longest": np.array(positions.max() + 1, np.int32),
+        "source_lengths": rng.integers(1, 12, sources).astype(np.int32),
+        "candidate_ranks": np.arange(3),
+        **{f"self_cache.{i}": rng.integers(-127, 128, (sources * width, 2, 9, 16)).astype(np.int8) for i in range(4)},
+        **{f"cross_cache.{i}": rng.integers(-127, 128, (sources, 2, 12, 16)).astype(np.int8) for i in range(4)},
+    }
+
+
+@pytest.mark.parametrize(("sources", "width"), [(1, 1), (32, 1), (8, 4)])
+def test_the_traced_step_equals_its_module(calibrated: Calibrated, sources: int, width: int) -> None:
+    feeds = random_step(calibrated, sources=sources, width=width, seed=width)
+    names = ["logits", *(f"self_cache_appended.{i}" for i in range(4))]
+    got, *appended = load_graph(calibrated.decoder_onnx).run(names, feeds)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+    with torch.no_grad():
+        _, _, logits, own, _ = calibrated.decoder(
+            *(tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
+            [tensors[f"self_cache.{i}"] for i in range(4)],
+            [tensors[f"cross_cache.{i}"] for i in range(4)],
+        )
+    decodable = [i for i in range(64) if i not in calibrated.model.config.never_decoded]
+    difference = np.abs(got - logits.numpy())[..., decodable].max(axis=2)
+    # A row in which nothing lies between two bytes is the same but for rounding in float32; such are nearly all.
+    assert np.median(difference) < 1e-4
+    assert difference.max() < 0.05 * np.ptp(logits.numpy()[..., decodable])
+    rows = np.arange(sources * width)
+    for tensor, expected in zip(appended, own, strict=True):
+        at = feeds["positions"].reshape(-1)
+        off = np.abs(tensor[rows, :, at].astype(int) - expected.numpy()[rows, :, at].astype(int))
+        assert off.max() <= 3
+        assert (off == 0).mean() > 0.97
+
+
+def test_a_row_is_the_same_among_any_neighbours(calibrated: Calibrated) -> None:
+    feeds = random_step(calibrated, sources=32, width=1, seed=3)
+    session = load_graph(calibrated.decoder_onnx)
+    (together,) = session.run(["logits"], feeds)
+    for i in (0, 13, 31):
+        alone = {name: array[i : i + 1] if array.ndim > 1 or name == "source_lengths" else array for name, array in feeds.items()}
+        alone["longest"] = np.array(feeds["positions"][i, 0] + 1, np.int32)
+        assert np.array_equal(session.run(["logits"], alone)[0][0], together[i])
+
+
+def test_caches_come_and_go_in_bytes(calibrated: Calibrated) -> None:
+    encoder, decoder = (onnx.load_from_string(m).graph for m in (calibrated.encoder_onnx, calibrated.decoder_onnx))
+    assert [value.type.tensor_type.elem_type for value in encoder.output] == [TensorProto.INT8]
+    types = {v.name: v.type.tensor_type.elem_type for v in (*decoder.input, *decoder.output)}
+    caches = {kind for name, kind in types.items() if "cache" in name}
+    assert caches == {TensorProto.INT8}
+    assert types["logits"] == types["candidate_log_probs"] == TensorProto.FLOAT
