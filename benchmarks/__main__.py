@@ -13,7 +13,7 @@ from benchmarks import models, peers, report
 from benchmarks.experiment import BUILD, CAPTIONS, TRAINED, Experiment, Setting
 from benchmarks.machine import describe_gpu, describe_machine, describe_packages
 from benchmarks.process import one_line
-from benchmarks.results import Mode, Report, Section
+from benchmarks.results import Mode, Precision, Report, Section
 from serving.config import available_cpus
 
 EXPERIMENTS = ("offline", "growth", "bound", "served")
@@ -52,6 +52,7 @@ def measure(names: tuple[str, ...], setting: Setting) -> tuple[dict[str, Section
 @click.option("--only", default=",".join(EXPERIMENTS), show_default=True, help="Experiments, by comma.")
 @click.option("--peers", "chosen_peers", default="", help=f"Libraries, by comma, of {', '.join(peers.PEERS)}; default: all.")
 @click.option("--models", "chosen_models", default="", help="Models, by comma; default: what the mode has.")
+@click.option("--precision", "precisions", type=click.Choice(["fp32", "int8", "fp16"]), multiple=True, help="Default: all.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=Path("build/bench/report"), show_default=True)
 @click.option("--build", type=click.Path(file_okay=False, path_type=Path), default=BUILD, show_default=True)
 @click.option("--trained", type=click.Path(file_okay=False, path_type=Path), default=TRAINED, show_default=True)
@@ -63,6 +64,7 @@ def main(
     only: str,
     chosen_peers: str,
     chosen_models: str,
+    precisions: tuple[Precision, ...],
     output: Path,
     build: Path,
     trained: Path,
@@ -81,6 +83,7 @@ def main(
         device=device,
         peers=_chosen(chosen_peers, tuple(peers.PEERS), "--peers"),
         models=_chosen(chosen_models, (models.BASE_RANDOM, models.TRAINED, models.BUNDLED), "--models"),
+        precisions=precisions,
         say=click.echo,
     )
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

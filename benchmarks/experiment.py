@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.results import Mode, Section
+from benchmarks.results import Mode, Precision, Section
 
 BUILD = Path("build/bench")
 TRAINED = Path("../shared/models/multi30k-base-en-de")
@@ -35,6 +35,8 @@ class Setting:
     peers: tuple[str, ...] = ()
     # Models to run; the experiment's own choice where it is empty.
     models: tuple[str, ...] = ()
+    # Precisions to run; all that the device is good at where it is empty.
+    precisions: tuple[Precision, ...] = ()
     # Called with a line each time something was measured.
     say: Callable[[str], None] = field(default=print)
 

@@ -107,7 +107,8 @@ def run(setting: Setting) -> Section:
 
 def precisions(setting: Setting) -> tuple[Precision, ...]:
     """Those that the device is good at."""
-    return ("fp16",) if setting.device == "cuda" else ("fp32", "int8")
+    good: tuple[Precision, ...] = ("fp16",) if setting.device == "cuda" else ("fp32", "int8")
+    return tuple(precision for precision in good if not setting.precisions or precision in setting.precisions)
 
 
 def shapes(model: BenchModel, precision: Precision, setting: Setting) -> list[Shape]:
@@ -189,7 +190,7 @@ def waves(shape: Shape, text: Text, *, full: bool) -> int:
     """Batches for each worker: enough for a run of a second or so, and all of natural text, whose lengths differ."""
     if text.target_tokens is None and not shape.one_at_a_time:
         return len(text.sources)
-    return max(1, (32 if full else 8) // shape.batch)
+    return max(1, 8 // shape.batch) if shape.one_at_a_time or not full else max(1, 32 // shape.batch)
 
 
 def cell_of(

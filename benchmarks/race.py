@@ -29,7 +29,7 @@ class Effort:
 
 
 QUICK = Effort(min_seconds=0.6, min_rounds=2, max_rounds=4)
-FULL = Effort(min_seconds=3.0, min_rounds=3, max_rounds=9)
+FULL = Effort(min_seconds=2.0, min_rounds=3, max_rounds=9)
 
 
 def rounds_for(fastest_s: float, effort: Effort) -> int:

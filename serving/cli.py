@@ -77,6 +77,12 @@ def main() -> None:
 @click.option("--port", type=_PORT, default=_SERVER.port, help="gRPC port; 0 lets the system choose.")
 @click.option("--metrics-port", type=_PORT, default=_SERVER.metrics_port, help="Prometheus port; 0 lets the system choose.")
 @click.option("--threads", type=_COUNT, help="CPU threads for the model.  [default: the CPUs this process may use]")
+@click.option(
+    "--threads-per-worker",
+    type=_COUNT,
+    default=_ENGINE.threads_per_worker,
+    help="One gives the most translations a second; more answer a lone request sooner.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=_ENGINE.device, help="Where the model runs.")
 @click.option("--max-rows", type=_COUNT, default=_ENGINE.max_rows_per_worker, help="Hypotheses that one worker decodes together.")
 @click.option("--max-waiting", type=_COUNT, default=_ENGINE.max_waiting_sequences, help="Texts that may wait; more are refused.")
@@ -93,6 +99,7 @@ def serve(
     port: int,
     metrics_port: int,
     threads: int | None,
+    threads_per_worker: int,
     device: str,
     max_rows: int,
     max_waiting: int,
@@ -106,7 +113,13 @@ def serve(
     from serving import server
     from serving.model import load_model
 
-    engine = _engine_config(device=device, threads=threads, max_rows_per_worker=max_rows, max_waiting_sequences=max_waiting)
+    engine = _engine_config(
+        device=device,
+        threads=threads,
+        threads_per_worker=threads_per_worker,
+        max_rows_per_worker=max_rows,
+        max_waiting_sequences=max_waiting,
+    )
     limits = RequestLimits(max_texts_per_request=max_texts, max_beam_size=max_beam_size, max_request_s=max_request)
     config = ServerConfig(host=host, port=port, metrics_port=metrics_port, reflection=reflection, drain_timeout_s=drain_timeout)
     sys.exit(server.serve(config, limits, lambda metrics: load_model(bundle, engine, limits, metrics)))

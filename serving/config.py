@@ -34,6 +34,8 @@ class EngineConfig:
     device: str = "cpu"
     # CPU threads for the graphs, all workers together.
     threads: int = field(default_factory=available_cpus)
+    # CPU threads of each worker. One each gives the most translations a second; more answer a lone request sooner.
+    threads_per_worker: int = 1
     # Cache rows of one worker: hypotheses that step together at most.
     max_rows_per_worker: int = 128
     # Padded source tokens of one encoder batch; a longer single source goes alone.
@@ -45,8 +47,8 @@ class EngineConfig:
 
     @property
     def num_workers(self) -> int:
-        """Workers: one for each CPU thread, or one for the GPU."""
-        return self.threads if self.device == "cpu" else 1
+        """Workers: as many as the CPU threads allow, or one for the GPU."""
+        return max(1, self.threads // self.threads_per_worker) if self.device == "cpu" else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

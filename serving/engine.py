@@ -49,7 +49,7 @@ class Engine:
         self._observer = observer or NullObserver()
         self._clock = clock
         num_workers = self._config.num_workers
-        session = open_session(bundle, device=self._config.device, threads=1)
+        session = open_session(bundle, device=self._config.device, threads=self._config.threads_per_worker)
         self._scheduler = Scheduler(self._config, num_workers)
         # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do.
         self._changed = threading.Condition()

@@ -24,6 +24,7 @@ from serving.kv_cache import CacheGeometry, EncodedSource, LaneCache, RowCache
 
 _CACHE_TYPES: dict[str, DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _SMALLEST_SOURCE_CAPACITY = 32
+_SPIN_US = 50
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Precisions that a device has kernels for, and why it is no others.
 _PRECISIONS = {
@@ -57,6 +58,8 @@ def load_graph(graph: Path | bytes, *, device: str = "cpu", threads: int = 1) ->
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Between two operators of a step a helping thread waits awake; between two steps, or with nothing to do, it sleeps.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     options.log_severity_level = 3
     # On CPU the fused SkipLayerNormalization takes several times as long as Add and LayerNormalization; on CUDA it is right.
     disabled = ["SkipLayerNormFusion"] if device == "cpu" else []

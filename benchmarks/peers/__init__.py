@@ -24,11 +24,11 @@ def open_peer(spec: PeerSpec) -> Peer:
 
 
 def splits_of(peer: str, cores: int, device: str = "cpu") -> tuple[Split, ...]:
-    """The splits worth trying on so many CPUs; onnxlate's workers have one thread each."""
+    """The splits worth trying on so many CPUs; several batches at once, or all threads on one."""
     if device != "cpu":
         return (Split(1, 1),)
     tried = {
-        ONNXLATE: (Split(cores, 1), Split(1, 1)),
+        ONNXLATE: (Split(cores, 1), Split(1, cores)),
         CTRANSLATE2: (Split(cores, 1), Split(1, cores), *((Split(cores // 2, 2),) if cores >= 4 else ())),
         HUGGING_FACE: (Split(1, cores),),
     }

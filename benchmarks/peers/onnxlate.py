@@ -28,7 +28,9 @@ class OnnxlatePeer:
     def __init__(self, spec: PeerSpec) -> None:
         self._spec = spec
         self._bundle = read_bundle(spec.directory)
-        self._config = EngineConfig(device=spec.device, threads=spec.split.workers * spec.split.threads)
+        self._config = EngineConfig(
+            device=spec.device, threads=spec.split.workers * spec.split.threads, threads_per_worker=spec.split.threads
+        )
         self._engine = self._start()
 
     def _start(self) -> Engine:
@@ -47,6 +49,7 @@ class OnnxlatePeer:
             self._config = EngineConfig(
                 device=self._config.device,
                 threads=self._config.threads,
+                threads_per_worker=self._config.threads_per_worker,
                 max_rows_per_worker=rows,
                 max_waiting_sequences=max(self._config.max_waiting_sequences, len(job.sources)),
                 max_waiting_tokens=max(self._config.max_waiting_tokens, sum(map(len, job.sources))),

@@ -111,12 +111,18 @@ def test_answers_do_not_depend_on_the_size_of_the_engine(tiny_bundle: Bundle) ->
     for config in (
         EngineConfig(threads=1, max_rows_per_worker=4, encoder_batch_tokens=1),
         EngineConfig(threads=3, max_rows_per_worker=64, encoder_batch_tokens=4096),
+        EngineConfig(threads=4, threads_per_worker=2, max_rows_per_worker=64, encoder_batch_tokens=4096),
     ):
         engine = Engine(tiny_bundle, config)
         engine.start()
         answers.append([outcome.hypotheses for outcome in translate(engine, work)])
         engine.close()
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(("threads", "each", "workers"), [(4, 1, 4), (4, 2, 2), (5, 2, 2), (1, 4, 1)])
+def test_workers_share_the_threads(threads: int, each: int, workers: int) -> None:
+    assert EngineConfig(threads=threads, threads_per_worker=each).num_workers == workers
 
 
 def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: DecodingOptions) -> Hypothesis:
