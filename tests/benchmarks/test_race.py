@@ -112,7 +112,7 @@ def test_a_peer_that_cannot_be_made_has_its_reason() -> None:
 @pytest.mark.parametrize(
     ("peer", "cores", "device", "expected"),
     [
-        pytest.param(peers.ONNXLATE, 2, "cpu", ["2 x 1", "1 x 1"], id="workers have one thread"),
+        pytest.param(peers.ONNXLATE, 2, "cpu", ["2 x 1", "1 x 2"], id="several batches, or all threads on one"),
         pytest.param(peers.CTRANSLATE2, 2, "cpu", ["2 x 1", "1 x 2"], id="both ways"),
         pytest.param(peers.CTRANSLATE2, 4, "cpu", ["4 x 1", "1 x 4", "2 x 2"], id="and between"),
         pytest.param(peers.HUGGING_FACE, 4, "cpu", ["1 x 4"], id="one batch"),
