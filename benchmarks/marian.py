@@ -11,7 +11,6 @@ Knows names and orders of tensors; needs none of the packages that read the resu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,22 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.checkpoint import Checkpoint
+from export.checkpoint.marian import parameter_names
 from export.graphs import NEVER
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "swish"}
-_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+_WRITERS = (".output", ".outer", "_residual.norm")
 _EMBEDDING = "decoder.embedding.tokens.weight"
 
 
 def concatenated_order(d_model: int) -> Tensor:
     """[d_model]: the place in the interleaved table of each coordinate of the concatenated one."""
     return torch.cat((torch.arange(0, d_model, 2), torch.arange(1, d_model, 2)))
-
-
-def forbidden_ids(checkpoint: Checkpoint) -> list[int]:
-    """Tokens that are never decoded: padding and start."""
-    config = checkpoint.config
-    return sorted({config.pad_id, config.decoder_start_id} - {config.eos_id})
 
 
 def write_marian(checkpoint: Checkpoint, directory: Path) -> Path:
@@ -88,40 +82,18 @@ def marian_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     stream = concatenated_order(checkpoint.config.d_model)
     tensors = checkpoint.tensors
     bias = torch.zeros(1, checkpoint.config.target_vocab_size)
-    bias[:, forbidden_ids(checkpoint)] = NEVER
+    bias[:, checkpoint.config.never_decoded] = NEVER
     renamed = {"model.shared.weight": tensors[_EMBEDDING][:, stream], "final_logits_bias": bias}
     left = set(tensors) - {_EMBEDDING}
-    for ours, theirs, reads, writes in _parameters(checkpoint):
-        weight = tensors[f"{ours}.weight"]
-        if reads:
-            weight = weight[:, stream]
-        if writes:
-            weight = weight[stream]
+    for theirs, ours in parameter_names(checkpoint.config):
+        # A projection or norm either writes the residual stream or reads it.
+        writes = ours.endswith(_WRITERS)
+        weight = tensors[f"{ours}.weight"][stream] if writes else tensors[f"{ours}.weight"][:, stream]
         renamed[f"{theirs}.weight"] = weight
         renamed[f"{theirs}.bias"] = tensors[f"{ours}.bias"][stream] if writes else tensors[f"{ours}.bias"]
         left -= {f"{ours}.weight", f"{ours}.bias"}
     assert not left, f"no place in Marian for {sorted(left)}"
     return {name: tensor.contiguous() for name, tensor in renamed.items()}
-
-
-def _parameters(checkpoint: Checkpoint) -> Iterator[tuple[str, str, bool, bool]]:
-    """(our name, Marian's, reads the residual stream, writes it) of every projection and norm."""
-    attentions = {
-        "encoder": {"self_attention": "self_attn"},
-        "decoder": {"self_attention": "self_attn", "cross_attention": "encoder_attn"},
-    }
-    depths = {"encoder": checkpoint.config.num_encoder_layers, "decoder": checkpoint.config.num_decoder_layers}
-    for side, depth in depths.items():
-        for i in range(depth):
-            ours, theirs = f"{side}.layers.{i}", f"model.{side}.layers.{i}"
-            for attention, attn in attentions[side].items():
-                for projection, proj in _PROJECTIONS.items():
-                    writes = projection == "output"
-                    yield f"{ours}.{attention}.{projection}", f"{theirs}.{attn}.{proj}", not writes, writes
-                yield f"{ours}.{attention}_residual.norm", f"{theirs}.{attn}_layer_norm", False, True
-            yield f"{ours}.feed_forward.inner", f"{theirs}.fc1", True, False
-            yield f"{ours}.feed_forward.outer", f"{theirs}.fc2", False, True
-            yield f"{ours}.feed_forward_residual.norm", f"{theirs}.final_layer_norm", False, True
 
 
 def _check(checkpoint: Checkpoint) -> None:

@@ -182,7 +182,7 @@ def _reported(call: Callable[[], _T]) -> _T | Failed:
     """What a function returns, or what it raised in words: not every library's exception can be sent to another process."""
     try:
         return call()
-    except Exception as error:
+    except Exception as error:  # any: it is told in words, see above
         return Failed(one_line(error))
 
 

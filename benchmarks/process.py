@@ -65,7 +65,7 @@ def serve_peer(spec: PeerSpec, connection: Connection) -> None:
         while (job := _next_job(connection)) is not None:
             try:
                 answer: Answer | Failed = perform(peer, job)
-            except Exception as error:
+            except Exception as error:  # whatever a library raises is this job's failure, and the next job may do
                 answer = Failed(one_line(error))
             connection.send(answer)
     finally:

@@ -277,8 +277,8 @@ class DecoderStepGraph(nn.Module):
         Args:
             model: trained.
             linear: makes the products.
-            ragged: whether a source costs its own length in cross-attention (on a CPU) or that of the longest beside it (CUDA
-                lacks kernels for the former).
+            ragged: whether a source costs its own length in cross-attention (on a CPU) or that of the longest beside it (on CUDA,
+                where the former has not been tried).
         """
         super().__init__()
         config = model.config

@@ -152,7 +152,7 @@ class Engine:
         self._observer.finished(reason, best.target_tokens if best else 0, outcome.timings.queue_s)
         try:
             sequence.on_outcome(outcome)
-        except Exception:
+        except Exception:  # the caller's fault; the other sequences of this worker have to go on
             _log.exception("a caller's on_outcome failed")
 
     @property
@@ -213,7 +213,7 @@ class Worker:
             try:
                 source_ids, lengths = pad_sources([s.source_ids for s in batch], self._session.pad_id)
                 encoded = self._session.encode(source_ids, lengths)
-            except Exception as error:
+            except Exception as error:  # of whatever class: this batch is told, and the worker goes on
                 self._fail(batch, error)
                 continue
             encode_s = self._clock() - started_s
@@ -232,7 +232,7 @@ class Worker:
         started_s = self._clock()
         try:
             finished = lane.step()
-        except Exception as error:
+        except Exception as error:  # of whatever class: this lane's caches are in no defined state any more
             self._discard(lane, error)
             return
         now_s = self._clock()

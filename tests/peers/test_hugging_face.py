@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.marian import forbidden_ids
 from export.checkpoint import build_model
 from serving.request import DecodingOptions, FinishReason, Hypothesis
 from tests.peers.subject import Subject
@@ -157,7 +156,7 @@ def test_logits_are_the_same(subject: Subject, marian: Any, sources: list[tuple[
     with torch.no_grad():
         ours = build_model(subject.checkpoint)(source_ids, lengths, target_ids)
         theirs = marian(input_ids=source_ids, attention_mask=mask, decoder_input_ids=target_ids).logits
-    forbidden = forbidden_ids(subject.checkpoint)
+    forbidden = subject.checkpoint.config.never_decoded
     assert theirs[:, :, forbidden].max() < -1e8
     allowed = [token for token in range(config.target_vocab_size) if token not in forbidden]
     apart = (ours - theirs)[:, :, allowed].abs().max().item()
@@ -224,7 +223,7 @@ def test_suppressing_tokens_differs_by_their_probability(
     """Hugging Face suppresses after the softmax, so that what it suppresses keeps its share; we, and CTranslate2, before it."""
     marian = transformers.MarianMTModel.from_pretrained(marian_directory).eval()
     marian.final_logits_bias.zero_()
-    forbidden = forbidden_ids(subject.checkpoint)
+    forbidden = subject.checkpoint.config.never_decoded
     options = DecodingOptions(beam_size=4, num_hypotheses=4, length_penalty=0.0, max_target_tokens=MAX_TARGET_TOKENS)
     theirs = generate(marian, sources, options, suppress_tokens=forbidden)
     same, largest = 0, 0.0

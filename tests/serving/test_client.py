@@ -175,7 +175,7 @@ def test_a_stream_is_not_tried_again_after_its_first_piece(
     def read() -> None:
         try:
             seen.extend(piece.text_delta for piece in stream)
-        except Exception as raised:
+        except Exception as raised:  # whatever it is, it is looked at on the test's own thread
             error.append(raised)
 
     reader = threading.Thread(target=read)
