@@ -1,64 +1,74 @@
-"""CTranslate2's kernels: MKL or oneDNN, whichever is faster here. By itself it takes MKL on Intel's CPUs, oneDNN on others."""
+"""CTranslate2's kernels, MKL or oneDNN, as lanes of their own: which is faster depends on CPU, precision, split and batch.
+
+By itself CTranslate2 takes MKL on Intel's CPUs and oneDNN on others. Knows the variable that says otherwise, and a short trial.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks import peers, race
-from benchmarks.experiment import Setting
-from benchmarks.models import BenchModel
 from benchmarks.peers.base import Answer, Job, PeerSpec, Split
-from benchmarks.results import Measurement, Precision
+from benchmarks.race import Lane
+from benchmarks.results import Measurement
 from benchmarks.sentences import random_sources
 
-# Environment variables that choose the backend -> its name.
-_BACKENDS = {"0": "oneDNN", "1": "MKL"}
 _VARIABLE = "CT2_USE_MKL"
+# Name -> the variable's value.
+_BACKENDS = {"oneDNN": "0", "MKL": "1"}
 _BATCH, _SOURCE_TOKENS, _TARGET_TOKENS = 8, 33, 16
 _EFFORT = race.Effort(min_seconds=0.2, min_rounds=2, max_rounds=3)
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What was chosen."""
+def variants(spec: PeerSpec) -> list[PeerSpec]:
+    """A spec for each backend that CTranslate2 may run it with; the spec itself for others, and on a GPU."""
+    if spec.peer != peers.CTRANSLATE2 or spec.device != "cpu":
+        return [spec]
+    return [replace(spec, environment={_VARIABLE: value}, kernels=name) for name, value in _BACKENDS.items()]
 
-    environment: dict[str, str] = field(default_factory=dict)
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The lanes that batches are measured with."""
+
+    # All that were there but those of a slower backend than another lane of their split has.
+    lanes: list[Lane]
     # What was tried and how it went.
     notes: tuple[str, ...] = ()
 
 
-def choose(model: BenchModel, precision: Precision, setting: Setting) -> Backend:
-    """Try both on a small job; where neither runs, or there is a GPU, CTranslate2's own choice stands."""
-    if setting.device != "cpu" or (setting.peers and peers.CTRANSLATE2 not in setting.peers):
-        return Backend()
-    split = Split(setting.cores, 1)
-
-    def specs() -> list[PeerSpec]:
-        directory = model.directory_for(peers.CTRANSLATE2, precision)
-        return [
-            PeerSpec(
-                peer=peers.CTRANSLATE2, directory=directory, precision=precision, split=split, environment={_VARIABLE: value}
-            )
-            for value in _BACKENDS
-        ]
-
+def choose(lanes: Sequence[Lane]) -> Choice:
+    """Try the backends of each split on a short job. A split none of whose lanes answers keeps them all."""
+    tried = [lane for lane in lanes if lane.kernels]
+    if not tried:
+        return Choice(list(lanes))
     # Ids that every vocabulary here has as ordinary pieces; where the sources end matters little, as the length is forced.
-    sources = random_sources(_BATCH * setting.cores, _SOURCE_TOKENS, range(10, 1000), 0)
+    sources = random_sources(_BATCH * max(lane.split.workers for lane in tried), _SOURCE_TOKENS, range(10, 1000), 0)
     job = Job(sources=sources, batch=_BATCH, min_target_tokens=_TARGET_TOKENS, max_target_tokens=_TARGET_TOKENS)
-    with race.opened({peers.CTRANSLATE2: specs}) as runners:
-        answers = race.race(runners, race.same_for_all(job), _EFFORT)
-    return fastest({lane.process.spec.environment[_VARIABLE]: found for lane, found in answers.items()}, precision)
+    found = race.race(tried, race.same_for_all(job), _EFFORT)
+    slower: set[Lane] = set()
+    notes = []
+    for split in dict.fromkeys(lane.split for lane in tried):
+        here = {lane: answers for lane, answers in found.answers.items() if lane.split == split}
+        lost = {lane: reason for lane, reason in found.lost.items() if lane.split == split}
+        if here:
+            best = fastest(here)
+            slower |= {lane for lane in (*here, *lost) if lane != best}
+            notes.append(_note(split, best, here, lost))
+    return Choice([lane for lane in lanes if lane not in slower], tuple(notes))
 
 
-def fastest(answers: dict[str, list[Answer]], precision: Precision) -> Backend:
-    """The choice among answers by the variable's value; no choice where there are none."""
-    speeds = {
-        value: Measurement(tuple(a.target_tokens / a.seconds for a in found), "tokens/s").median
-        for value, found in answers.items()
-    }
-    if not speeds:
-        return Backend()
-    chosen = max(speeds, key=lambda value: speeds[value])
-    tried = ", ".join(f"{_BACKENDS[value]} {speed:.0f} tokens/s" for value, speed in speeds.items())
-    note = f"CTranslate2 {precision} runs on {_BACKENDS[chosen]} ({_VARIABLE}={chosen}); tried at batch {_BATCH}: {tried}"
-    return Backend({_VARIABLE: chosen}, (note,))
+def fastest(answers: dict[Lane, list[Answer]]) -> Lane:
+    """The lane with the most tokens a second, by the median."""
+    return max(answers, key=lambda lane: _tokens_per_s(answers[lane]))
+
+
+def _tokens_per_s(answers: Sequence[Answer]) -> float:
+    return Measurement(tuple(answer.target_tokens / answer.seconds for answer in answers)).median
+
+
+def _note(split: Split, best: Lane, answers: dict[Lane, list[Answer]], lost: dict[Lane, str]) -> str:
+    figures = [f"{lane.kernels} {_tokens_per_s(some):.0f} tokens/s" for lane, some in answers.items()]
+    figures += [f"{lane.kernels} failed ({reason})" for lane, reason in lost.items()]
+    return f"CTranslate2 {split} runs batches on {best.kernels}; tried at batch {_BATCH}: {', '.join(figures)}"

@@ -22,6 +22,8 @@ class Cell:
     peer: str
     precision: Precision
     split: Split
+    # CTranslate2's; empty for the others.
+    kernels: str = ""
     settings: str
     batch: int
     beam_size: int
@@ -33,7 +35,8 @@ class Cell:
     # Of each source, from all repetitions; None where they were not timed one by one.
     latency_s: Measurement | None = None
     cpu_s_per_sentence: Measurement
-    rss_bytes: int
+    # Of the same library in this setting, what had no answer, and would perhaps have been faster.
+    lost: tuple[str, ...] = ()
     # Of the last repetition's answers, where there are references.
     bleu: float | None = None
 
@@ -41,13 +44,13 @@ class Cell:
 def line_on(cell: Cell) -> str:
     """What is said of a cell when it was measured."""
     return (
-        f"{cell.model} {cell.precision} batch {cell.batch} beam {cell.beam_size}: {peers.PEERS[cell.peer]} {cell.split}: "
+        f"{cell.model} {cell.precision} batch {cell.batch} beam {cell.beam_size}: {peers.PEERS[cell.peer]} {_lane_of(cell)}: "
         f"{cell.tokens_per_s.median:.0f} tokens/s, {cell.sentences_per_s.median:.1f} sentences/s"
     )
 
 
 def best_splits(cells: Iterable[Cell]) -> list[Cell]:
-    """Of the cells that differ in nothing but the split, the fastest; in the order of the first of each."""
+    """Of the cells that differ in nothing but split and kernels, the fastest; in the order of the first of each."""
     best: dict[tuple[object, ...], Cell] = {}
     for cell in cells:
         key = (cell.model, cell.precision, cell.batch, cell.beam_size, cell.one_at_a_time, cell.peer)
@@ -81,19 +84,17 @@ def tables(cells: Sequence[Cell]) -> str:
                 cell.precision,
                 *_setting_of(cell),
                 peers.PEERS[cell.peer],
-                str(cell.split),
+                _lane_of(cell),
+                str(cell.sources),
                 figure(cell.tokens_per_s),
                 figure(cell.sentences_per_s),
                 f"{cell.cpu_s_per_sentence.median * 1e3:.1f}",
-                f"{cell.rss_bytes / 2**20:.0f}",
                 cell.settings,
             )
             for cell in cells
         ]
-        heads = ("model", "precision", "batch", "beam", "library", "workers x threads", "tokens/s", "sentences/s")
-        parts.append(
-            "### Every split that was tried\n\n" + table((*heads, "CPU ms a sentence", "resident MiB", "settings"), rows)
-        )
+        heads = ("model", "precision", "batch", "beam", "library", "workers x threads", "sources", "tokens/s", "sentences/s")
+        parts.append("### Every split that was tried\n\n" + table((*heads, "CPU ms a sentence", "settings"), rows))
     return "\n\n".join(parts)
 
 
@@ -101,36 +102,34 @@ def _best_table(best: Sequence[Cell]) -> str:
     """One row a setting and library, with its ratio to CTranslate2."""
     rows = []
     for cell in best:
-        peer = next(
-            (other for other in best if other.peer == peers.CTRANSLATE2 and _setting_of(other) == _setting_of(cell)), None
-        )
         latency = cell.latency_s
         rows.append(
             (
                 *_setting_of(cell),
                 peers.PEERS[cell.peer],
-                str(cell.split),
+                _lane_of(cell),
+                str(cell.sources),
                 figure(cell.tokens_per_s),
                 figure(cell.sentences_per_s),
                 f"{latency.median * 1e3:.1f} / {latency.percentile(95) * 1e3:.1f}" if latency else "",
-                f"{ratio(cell, peer):.2f}" if peer is not None else "",
-                "" if cell.bleu is None else f"{cell.bleu:.2f} ({cell.sources})",
+                _ratio_to_ctranslate2(cell, best),
+                "" if cell.bleu is None else f"{cell.bleu:.2f}",
             )
         )
-    return table(
-        (
-            "batch",
-            "beam",
-            "library",
-            "best split",
-            "tokens/s",
-            "sentences/s",
-            "p50 / p95 ms",
-            "speed / CTranslate2",
-            "BLEU (sentences)",
-        ),
-        rows,
-    )
+    heads = ("batch", "beam", "library", "best split", "sources", "tokens/s", "sentences/s", "p50 / p95 ms")
+    return table((*heads, "speed / CTranslate2", "BLEU"), rows)
+
+
+def _ratio_to_ctranslate2(cell: Cell, best: Sequence[Cell]) -> str:
+    """Empty where CTranslate2 did not run; where one of its lanes was lost, that, because its best may be among them."""
+    peer = next((one for one in best if one.peer == peers.CTRANSLATE2 and _setting_of(one) == _setting_of(cell)), None)
+    if peer is None:
+        return ""
+    return f"none: CTranslate2 lost {'; '.join(peer.lost)}" if peer.lost else f"{ratio(cell, peer):.2f}"
+
+
+def _lane_of(cell: Cell) -> str:
+    return f"{cell.split}, {cell.kernels}" if cell.kernels else str(cell.split)
 
 
 def _setting_of(cell: Cell) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.marian import write_marian
 from benchmarks.results import Precision
 from export.checkpoint import Checkpoint, read_checkpoint
+from serving.bundle import TokenizerSpec
+from serving.tokenizers.base import contents_of
 
 # The paper's base size.
 _LAYERS, _D_MODEL, _HEADS, _D_FF = 6, 512, 8, 2048
@@ -151,8 +153,9 @@ def pieces_of(checkpoint: Checkpoint) -> list[str]:
     """The vocabulary of a checkpoint with one SentencePiece model, by id."""
     import sentencepiece
 
-    path = checkpoint.tokenizer_files[checkpoint.tokenizer.target_model]
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    spec = checkpoint.tokenizer
+    assert isinstance(spec, TokenizerSpec), "what is compared has SentencePiece models"
+    processor = sentencepiece.SentencePieceProcessor(model_proto=contents_of(checkpoint.tokenizer_files, spec.target_model))
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
 
 

@@ -37,6 +37,12 @@ class Setting:
     models: tuple[str, ...] = ()
     # Precisions to run; all that the device is good at where it is empty.
     precisions: tuple[Precision, ...] = ()
+    # Batches of the offline grid and the bound, and beams of these and of the served comparison; the mode's where they are empty.
+    batches: tuple[int, ...] = ()
+    beam_sizes: tuple[int, ...] = ()
+    # Of the served comparison, what counts of each closed loop and of each rate; the mode's where they are left out.
+    closed_s: float | None = None
+    open_s: float | None = None
     # Called with a line each time something was measured.
     say: Callable[[str], None] = field(default=print)
 
@@ -54,6 +60,8 @@ class Experiment(Protocol):
     """A module that measures one thing."""
 
     TITLE: str
+    # How its figures were made and what they are, in one line.
+    METHOD: str
 
     def run(self, setting: Setting) -> Section:
         """Measure. A peer that cannot run is named in the section; only a fault of our own raises."""

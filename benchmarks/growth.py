@@ -1,7 +1,8 @@
 """How cost grows: with the length of target and source, the beam, the batch and the threads; and what a start costs.
 
 onnxlate and CTranslate2 side by side, int8, random weights, forced lengths, a one-thread worker for each CPU used. One setting
-is changed at a time, from a batch of 8, greedy, 32 source and 32 target tokens.
+is changed at a time, from a batch of 8, greedy, 32 source and 32 target tokens. CTranslate2 runs with the kernels that win a
+short trial. onnxlate starts as it comes: with the second copy of its graphs that a lone request is answered by.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import peers, plots, race
+from benchmarks import backend, peers, plots, race
 from benchmarks.experiment import Plot, Setting
 from benchmarks.markdown import figure, table
 from benchmarks.models import BASE_RANDOM, all_models
 from benchmarks.offline import ordinary_ids
 from benchmarks.peers.base import Job, PeerSpec, Split
 from benchmarks.process import PeerProcess, PeerUnavailableError
-from benchmarks.race import Effort, Field, Lane
+from benchmarks.race import Effort, Lane
 from benchmarks.results import Measurement, Precision, Section
 from benchmarks.sentences import random_sources
+from serving.config import EngineConfig
 
 TITLE = "How cost grows"
+METHOD = (
+    "Medians, with the least and the greatest sample in parentheses. Along an axis both libraries have so many workers of one "
+    "thread, and took turns; a start is a fresh process each time, onnxlate's with its default use of the CPUs."
+)
 
 Axis = Literal["target tokens", "source tokens", "beam", "batch", "start"]
 
@@ -32,7 +38,7 @@ _COMPARED = (peers.ONNXLATE, peers.CTRANSLATE2)
 _QUICK = Effort(min_seconds=0.2, min_rounds=1, max_rounds=2)
 _FULL = Effort(min_seconds=2.0, min_rounds=3, max_rounds=5)
 # As many rows as an engine has by default, so that the one that was loaded does the work.
-_LOAD_BATCH, _LOAD_TOKENS = 64, 64
+_LOAD_BATCH, _LOAD_TOKENS = EngineConfig().max_rows_per_worker, 64
 # What a start is measured by.
 LOAD, LOADED_MEMORY, FIRST_REQUEST, LATER_REQUEST, WORKED_MEMORY, PEAK_MEMORY = (
     "load, s",
@@ -99,25 +105,33 @@ def run(setting: Setting) -> Section:
         return Section(unavailable={peers.ONNXLATE: str(error)})
     job_at = functools.partial(job_for, ids=ordinary_ids(bundle), eos_id=bundle.manifest.ids.eos)
 
-    def spec(peer: str, workers: int) -> PeerSpec:
+    def specs(peer: str, workers: int) -> list[PeerSpec]:
         directory = model.directory_for(peer, precision)
-        return PeerSpec(peer=peer, directory=directory, precision=precision, split=Split(workers, 1), device=setting.device)
+        split = Split(workers, 1)
+        return backend.variants(PeerSpec(peer=peer, directory=directory, precision=precision, split=split, device=setting.device))
 
+    notes: list[str] = []
+    to_start: dict[str, PeerSpec] = {}
     for number in workers:
-        makers = {peer: functools.partial(_listed, spec, peer, number) for peer in compared}
-        with race.opened(makers) as runners:
-            found += along_axes(runners, places(full=full), number, job_at, _FULL if full else _QUICK, setting.say)
-        unavailable |= runners.unavailable
-    for peer in compared:
+        with race.opened({peer: functools.partial(specs, peer, number) for peer in compared}) as runners:
+            choice = backend.choose(runners.lanes)
+            notes += choice.notes
+            # What is not measured is not to take memory either.
+            for lane in runners.lanes:
+                if lane not in choice.lanes:
+                    lane.process.close()
+            points, lost = along_axes(choice.lanes, places(full=full), number, job_at, _FULL if full else _QUICK, setting.say)
+        found += points
+        unavailable |= runners.unavailable | lost
+        to_start = {lane.peer: lane.process.spec for lane in choice.lanes}
+    for spec in to_start.values():
+        if spec.peer == peers.ONNXLATE and setting.device == "cpu":
+            spec = replace(spec, split=peers.default_split(spec.split.workers))
         try:
-            found += starts(functools.partial(spec, peer, workers[-1]), workers[-1], job_at, times=5 if full else 1)
+            found += starts(spec, job_at, times=5 if full else 1)
         except PeerUnavailableError as error:
-            unavailable[f"{peer}, start"] = str(error)
-    return Section.of(found, unavailable=unavailable, seconds=time.monotonic() - started)
-
-
-def _listed(make: Callable[[str, int], PeerSpec], peer: str, workers: int) -> list[PeerSpec]:
-    return [make(peer, workers)]
+            unavailable[f"{spec.peer}, start"] = str(error)
+    return Section.of(found, notes=notes, unavailable=unavailable, seconds=time.monotonic() - started)
 
 
 def job_for(place: Place, batches: int, *, ids: range, eos_id: int) -> Job:
@@ -132,40 +146,47 @@ def job_for(place: Place, batches: int, *, ids: range, eos_id: int) -> Job:
 
 
 def along_axes(
-    runners: Field,
+    lanes: Sequence[Lane],
     steps: Iterable[_Step],
     workers: int,
     job_at: Callable[[Place, int], Job],
     effort: Effort,
     say: Callable[[str], None],
-) -> list[Point]:
-    """Everyone's time a sentence at each place; a batch for each worker. A place that two axes share is measured once."""
+) -> tuple[list[Point], dict[str, str]]:
+    """Everyone's time a sentence at each place, a batch for each worker; and who was lost where, with the reason.
+
+    A place that two axes share is measured once.
+    """
     measured: dict[Place, dict[Lane, Measurement]] = {}
     found = []
+    unavailable: dict[str, str] = {}
     for axis, x, place in steps:
         if place not in measured:
             job = job_at(place, workers)
-            answers = race.race(runners, race.same_for_all(job), effort)
+            run = race.race(lanes, race.same_for_all(job), effort)
             measured[place] = {
-                lane: Measurement(tuple(answer.seconds / len(job.sources) for answer in some)) for lane, some in answers.items()
+                lane: Measurement(tuple(answer.seconds / len(job.sources) for answer in some))
+                for lane, some in run.answers.items()
             }
+            unavailable |= {f"{lane}, {axis} {x}": reason for lane, reason in run.lost.items()}
         for lane, value in measured[place].items():
             found.append(Point(axis=axis, x=x, peer=lane.peer, workers=workers, value=value))
             say(f"{axis} {x}, {workers} workers: {peers.PEERS[lane.peer]} {value.median * 1e3:.1f} ms a sentence")
-    return found
+    return found, unavailable
 
 
-def starts(make: Callable[[], PeerSpec], workers: int, job_at: Callable[[Place, int], Job], *, times: int) -> list[Point]:
+def starts(spec: PeerSpec, job_at: Callable[[Place, int], Job], *, times: int) -> list[Point]:
     """Fresh processes: loading, the first request, later ones, memory after some work.
 
     Raises:
         PeerUnavailableError: it cannot be loaded, or fails.
     """
+    workers = spec.split.workers
     single = replace(job_at(Place(batch=1), 4), one_at_a_time=True)
     work = job_at(Place(batch=_LOAD_BATCH, source_tokens=_LOAD_TOKENS, target_tokens=_LOAD_TOKENS), workers)
     samples: dict[str, list[float]] = {}
     for _ in range(times):
-        with PeerProcess(make()) as process:
+        with PeerProcess(spec) as process:
             assert process.loaded is not None
             few, many = process.translate(single), process.translate(work)
             seen = {
@@ -178,10 +199,13 @@ def starts(make: Callable[[], PeerSpec], workers: int, job_at: Callable[[Place, 
             }
             for quantity, value in seen.items():
                 samples.setdefault(quantity, []).append(value)
-            peer = process.spec.peer
     return [
         Point(
-            axis="start", peer=peer, workers=workers, quantity=quantity, value=Measurement(tuple(values), quantity.split(", ")[1])
+            axis="start",
+            peer=spec.peer,
+            workers=workers,
+            quantity=quantity,
+            value=Measurement(tuple(values), quantity.split(", ")[1]),
         )
         for quantity, values in samples.items()
     ]

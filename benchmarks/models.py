@@ -11,7 +11,7 @@ import functools
 import hashlib
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
@@ -56,7 +56,7 @@ class BenchModel:
         def write(directory: Path) -> None:
             aside(_export, self._source(), directory, precision)
 
-        return self._once(f"onnxlate-{precision}-{exporter_digest()}", write)
+        return self._once(f"onnxlate-{precision}-{self._weights()}-{exporter_digest()}", write)
 
     def open_bundle(self, precision: Precision = "int8") -> Bundle:
         """``bundle``, read and checked: for its tokenizer and ids."""
@@ -75,7 +75,7 @@ class BenchModel:
             convert = conversion.write_native_as_ctranslate2 if self.is_native else conversion.write_ctranslate2
             aside(convert, self._source(), directory, precision)
 
-        return self._once(f"ctranslate2-{precision}-{_version('ctranslate2')}", write)
+        return self._once(f"ctranslate2-{precision}-{self._weights()}-{converter_digest()}-{_version('ctranslate2')}", write)
 
     def marian(self) -> Path:
         """Its Hugging Face Marian directory.
@@ -91,7 +91,7 @@ class BenchModel:
 
             aside(conversion.write_native_as_marian, self._source(), directory)
 
-        return self._once("marian", write)
+        return self._once(f"marian-{self._weights()}-{converter_digest()}", write)
 
     def directory_for(self, peer: str, precision: Precision) -> Path:
         """Where one of ``benchmarks.peers.PEERS`` finds it.
@@ -119,7 +119,11 @@ class BenchModel:
 
             aside(conversion.write_random_marian, directory)
 
-        return self._once("marian", write)
+        return self._once(f"marian-{converter_digest()}", write)
+
+    def _weights(self) -> str:
+        """A digest of the weights, so that a form of other weights is not taken for one of these."""
+        return weights_digest(self._source())
 
     def _once(self, name: str, write: Callable[[Path], None]) -> Path:
         """The directory of that name; written whole, or not at all, where it is not there yet."""
@@ -190,8 +194,29 @@ def _reported(call: Callable[[], _T]) -> _T | Failed:
 def exporter_digest() -> str:
     """Of the code that writes bundles, so that a bundle of another exporter is not taken for this one's."""
     paths = sorted(path for folder in ("export", "serving") for path in (ROOT / folder).rglob("*.py"))
-    written = [path for path in paths if path.is_relative_to(ROOT / "export") or path.name in ("bundle.py", "tokenizer.py")]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in written)).hexdigest()[:8]
+    involved = (ROOT / "export", ROOT / "serving" / "tokenizers", ROOT / "serving" / "bundle.py")
+    written = [path for path in paths if any(map(path.is_relative_to, involved))]
+    return _digest(written)
+
+
+@functools.cache
+def converter_digest() -> str:
+    """Of the code that writes the other forms."""
+    return _digest([ROOT / "benchmarks" / name for name in ("conversion.py", "marian.py")])
+
+
+@functools.cache
+def weights_digest(checkpoint: Path) -> str:
+    """Of a checkpoint's files of weights, of whatever format; the file is taken not to change while this program runs."""
+    return _digest(sorted(path for pattern in ("*.safetensors", "*.bin") for path in checkpoint.glob(pattern)))
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:8]
 
 
 def _export(checkpoint: Path, directory: Path, precision: Precision) -> None:

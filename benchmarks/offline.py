@@ -1,7 +1,8 @@
 """The offline grid: how many tokens a second each library makes of the same sources, and how soon it answers a single one.
 
 A cell is a batch, a beam and a precision. Each library runs it with several splits of the CPUs and is judged by its best; every
-worker has one batch in flight. At batch 1 sources come one at a time, each when the one before it is answered.
+worker has one batch in flight. At batch 1 sources come one at a time, each when the one before it is answered. CTranslate2's
+kernels are part of its split: at batch 1 each split runs with each of them, otherwise with those that won a short trial.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import backend, cells, peers, plots, race, sentences
-from benchmarks.backend import Backend
 from benchmarks.cells import Cell
 from benchmarks.experiment import Plot, Setting
 from benchmarks.models import BASE_RANDOM, BUNDLED, TRAINED, BenchModel, all_models
@@ -23,13 +23,21 @@ from benchmarks.process import PeerUnavailableError
 from benchmarks.race import Field, Lane
 from benchmarks.results import Measurement, Precision, Section
 from serving.bundle import Bundle
-from serving.tokenizer import load_tokenizer
+from serving.tokenizers import load_tokenizer
 
 TITLE = "Offline grid"
+METHOD = (
+    "Medians, with the least and the greatest sample in parentheses. Libraries took turns within each cell, and each is compared "
+    "at its own best split of the CPUs."
+)
 
 SOURCE_TOKENS, TARGET_TOKENS = 33, 32
 # Of natural text.
 _MAX_TARGET_TOKENS = 128
+# Sources that come one at a time: of natural text, whose lengths differ, and of one length.
+_SINGLE_CAPTIONS_FULL, _SINGLE_CAPTIONS_QUICK, _SINGLE_OF_ONE_LENGTH = 100, 30, 16
+# Hugging Face needs long for each, and one is like any other.
+_SINGLE_OF_HUGGING_FACE = 4
 _FIRST_ORDINARY_ID = 8
 
 
@@ -45,6 +53,9 @@ class Shape:
         """Batch 1 is about latency."""
         return self.batch == 1
 
+    def __str__(self) -> str:
+        return f"batch {self.batch}, beam {self.beam_size}"
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -57,9 +68,8 @@ class Text:
     # BLEU of the targets of the first sources.
     score: Callable[[Sequence[tuple[int, ...]]], float] | None = None
 
-    def job(self, shape: Shape, cores: int, *, waves: int) -> Job:
-        """``waves`` batches for every worker there could be, or as many single sources."""
-        count = min(len(self.sources), shape.batch * cores * waves)
+    def job(self, shape: Shape, count: int) -> Job:
+        """The first ``count`` sources, or all where there are fewer."""
         return Job(
             sources=self.sources[:count],
             batch=shape.batch,
@@ -78,7 +88,6 @@ def run(setting: Setting) -> Section:
     measured: list[Cell] = []
     notes = [f"{name}: not there" for name in chosen if name not in models]
     unavailable: dict[str, str] = {}
-    backends: dict[Precision, Backend] = {}
     for model in (models[name] for name in chosen if name in models):
         try:
             text = text_for(model, setting)
@@ -92,13 +101,14 @@ def run(setting: Setting) -> Section:
             wanted = shapes(model, precision, setting)
             if not wanted:
                 continue
-            if precision not in backends:
-                backends[precision] = backend.choose(model, precision, setting)
-                notes += backends[precision].notes
-            with open_field(model, precision, setting, backends[precision].environment) as runners:
+            with open_field(model, precision, setting) as runners:
+                choice = backend.choose(runners.lanes)
+                notes += [f"{model.name}, {precision}: {note}" for note in choice.notes]
                 for shape in wanted:
-                    found = measure(model, precision, shape, text, runners, setting)
+                    lanes = runners.lanes if shape.one_at_a_time else choice.lanes
+                    found, lost = measure(model, precision, shape, text, lanes, runners.never_started, setting)
                     measured += found
+                    unavailable |= {f"{lane}, {model.name}, {precision}, {shape}": reason for lane, reason in lost.items()}
                     for cell in found:
                         setting.say(cells.line_on(cell))
             unavailable |= {f"{who}, {model.name}, {precision}": reason for who, reason in runners.unavailable.items()}
@@ -112,13 +122,14 @@ def precisions(setting: Setting) -> tuple[Precision, ...]:
 
 
 def shapes(model: BenchModel, precision: Precision, setting: Setting) -> list[Shape]:
-    """The cells of a model and a precision."""
-    if setting.mode == "full":
-        return [Shape(batch, beam_size) for batch in (1, 8, 32, 128) for beam_size in (1, 4)]
-    if model.is_trained:
-        return [Shape(32, 1)] if precision != "fp32" else []
-    beam_sizes = (1,) if precision == "fp32" else (1, 4)
-    return [Shape(batch, beam_size) for batch in (1, 32) for beam_size in beam_sizes]
+    """The cells of a model and a precision: those of the mode, unless the setting names batches or beams."""
+    batches: tuple[int, ...] = (1, 8, 32, 128)
+    beam_sizes: tuple[int, ...] = (1, 4)
+    if setting.mode == "quick" and model.is_trained:
+        batches, beam_sizes = ((32,) if precision != "fp32" else ()), (1,)
+    elif setting.mode == "quick":
+        batches, beam_sizes = (1, 32), ((1,) if precision == "fp32" else (1, 4))
+    return [Shape(batch, beam_size) for batch in setting.batches or batches for beam_size in setting.beam_sizes or beam_sizes]
 
 
 def text_for(model: BenchModel, setting: Setting) -> Text:
@@ -135,9 +146,10 @@ def text_for(model: BenchModel, setting: Setting) -> Text:
     captions = sentences.read_captions(setting.captions)
     if setting.mode == "quick":
         captions = captions.first(200)
+    bleu = sentences.bleu_scorer()
 
     def score(targets: Sequence[tuple[int, ...]]) -> float:
-        return sentences.bleu([tokenizer.decode(target) for target in targets], captions.references[: len(targets)])
+        return bleu([tokenizer.decode(target) for target in targets], captions.references[: len(targets)])
 
     return Text(tuple((*tokenizer.encode(source), eos_id) for source in captions.sources), score=score)
 
@@ -147,24 +159,16 @@ def ordinary_ids(bundle: Bundle) -> range:
     return range(_FIRST_ORDINARY_ID, bundle.manifest.architecture.source_vocab_size - 1)
 
 
-def open_field(
-    model: BenchModel, precision: Precision, setting: Setting, environment: dict[str, str]
-) -> AbstractContextManager[Field]:
-    """A process for every peer and split; ``environment`` is CTranslate2's."""
+def open_field(model: BenchModel, precision: Precision, setting: Setting) -> AbstractContextManager[Field]:
+    """A process for every peer, split and choice of kernels."""
 
     def specs(peer: str) -> list[PeerSpec]:
         directory = model.directory_for(peer, precision)
-        return [
-            PeerSpec(
-                peer=peer,
-                directory=directory,
-                precision=precision,
-                split=split,
-                device=setting.device,
-                environment=environment if peer == peers.CTRANSLATE2 else {},
-            )
+        plain = [
+            PeerSpec(peer=peer, directory=directory, precision=precision, split=split, device=setting.device)
             for split in peers.splits_of(peer, setting.cores, setting.device)
         ]
+        return [variant for spec in plain for variant in backend.variants(spec)]
 
     chosen = [peer for peer in peers.PEERS if not setting.peers or peer in setting.peers]
     if setting.mode == "quick" and precision == "int8":
@@ -172,29 +176,57 @@ def open_field(
     return race.opened({peer: functools.partial(specs, peer) for peer in chosen})
 
 
-def measure(model: BenchModel, precision: Precision, shape: Shape, text: Text, runners: Field, setting: Setting) -> list[Cell]:
-    """One cell by everyone."""
+def measure(
+    model: BenchModel,
+    precision: Precision,
+    shape: Shape,
+    text: Text,
+    lanes: Sequence[Lane],
+    never_started: Sequence[Lane],
+    setting: Setting,
+) -> tuple[list[Cell], dict[Lane, str]]:
+    """One cell by everyone, and who was lost on the way, with the reason."""
     full = setting.mode == "full"
 
-    def job_for(lane: Lane) -> Job | None:
-        if lane.peer != peers.HUGGING_FACE:
-            return text.job(shape, setting.cores, waves=waves(shape, text, full=full))
-        # It has one batch at a time, and needs long for it.
-        return text.job(shape, 1, waves=4 if shape.one_at_a_time else 1)
+    def job_for(lane: Lane) -> Job:
+        return text.job(shape, sources_for(lane.peer, shape, text, setting.cores, full=full))
 
-    answers = race.race(runners, job_for, race.FULL if full else race.QUICK)
-    return [cell_of(model, precision, shape, text, lane, found, setting.cores) for lane, found in answers.items() if found]
+    found = race.race(lanes, job_for, race.FULL if full else race.QUICK)
+    splits = {(lane.peer, lane.split) for lane in lanes}
+    # A backend that the library was not built with is no loss as long as another one runs the split.
+    missing = [*found.lost, *(lane for lane in never_started if (lane.peer, lane.split) not in splits)]
+    made = []
+    for lane, answers in found.answers.items():
+        lost = tuple(other.name for other in missing if other.peer == lane.peer)
+        made.append(cell_of(model, precision, shape, text, lane, answers, lost))
+    return made, found.lost
 
 
-def waves(shape: Shape, text: Text, *, full: bool) -> int:
-    """Batches for each worker: enough for a run of a second or so, and all of natural text, whose lengths differ."""
-    if text.target_tokens is None and not shape.one_at_a_time:
-        return len(text.sources)
-    return max(1, 8 // shape.batch) if shape.one_at_a_time or not full else max(1, 32 // shape.batch)
+def sources_for(peer: str, shape: Shape, text: Text, cores: int, *, full: bool) -> int:
+    """How many sources a peer is given: enough for a run of a second or so.
+
+    Of natural text, whose lengths differ, everyone has the same ones, and all of them where they come in batches.
+    """
+    if text.target_tokens is None:
+        if not shape.one_at_a_time:
+            return len(text.sources)
+        return _SINGLE_CAPTIONS_FULL if full else _SINGLE_CAPTIONS_QUICK
+    if shape.one_at_a_time:
+        return _SINGLE_OF_HUGGING_FACE if peer == peers.HUGGING_FACE else _SINGLE_OF_ONE_LENGTH
+    if peer == peers.HUGGING_FACE:
+        # It has one batch at a time.
+        return shape.batch
+    return shape.batch * cores * max(1, (32 if full else 8) // shape.batch)
 
 
 def cell_of(
-    model: BenchModel, precision: Precision, shape: Shape, text: Text, lane: Lane, answers: Sequence[Answer], cores: int
+    model: BenchModel,
+    precision: Precision,
+    shape: Shape,
+    text: Text,
+    lane: Lane,
+    answers: Sequence[Answer],
+    lost: tuple[str, ...],
 ) -> Cell:
     """The figures of one lane's answers."""
     number = len(answers[-1].targets)
@@ -205,6 +237,7 @@ def cell_of(
         peer=lane.peer,
         precision=precision,
         split=lane.split,
+        kernels=lane.kernels,
         settings=lane.process.loaded.description,
         batch=shape.batch,
         beam_size=shape.beam_size,
@@ -214,7 +247,7 @@ def cell_of(
         sentences_per_s=Measurement(tuple(number / answer.seconds for answer in answers), "sentences/s"),
         latency_s=Measurement(latencies) if latencies else None,
         cpu_s_per_sentence=Measurement(tuple(answer.cpu_seconds / number for answer in answers)),
-        rss_bytes=answers[-1].rss_bytes,
+        lost=lost,
         bleu=text.score(answers[-1].targets) if text.score else None,
     )
 

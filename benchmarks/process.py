@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from types import TracebackType
 
 from benchmarks.peers import open_peer
@@ -86,14 +87,18 @@ def _next_job(connection: Connection) -> Job | None:
 
 
 class PeerProcess:
-    """A peer as the benchmark talks to it. ``with`` starts and ends its process."""
+    """A peer as the benchmark talks to it. ``with`` starts and ends its process; one that was closed can be started again."""
 
     def __init__(self, spec: PeerSpec) -> None:
         self.spec = spec
+        # Of the last start.
         self.loaded: Loaded | None = None
-        context = multiprocessing.get_context("spawn")
-        self._connection, self._theirs = context.Pipe()
-        self._process = context.Process(target=serve_peer, args=(spec, self._theirs), daemon=True)
+        self._running: _Running | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and not closed since."""
+        return self._running is not None
 
     def start(self) -> Loaded:
         """Start the process and wait until the model is loaded.
@@ -101,10 +106,15 @@ class PeerProcess:
         Raises:
             PeerUnavailableError: the library or the model cannot be loaded.
         """
-        self._process.start()
+        assert self._running is None, "it runs already"
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        process = context.Process(target=serve_peer, args=(self.spec, theirs), daemon=True)
+        process.start()
         # Or the end of the process would not be seen on this side.
-        self._theirs.close()
-        reply = self._receive()
+        theirs.close()
+        self._running = _Running(process, connection)
+        reply = self._running.receive()
         if not isinstance(reply, Loaded):
             self.close()
             raise PeerUnavailableError(reply.reason if isinstance(reply, Failed) else "it answered before it was asked")
@@ -117,24 +127,21 @@ class PeerProcess:
         Raises:
             PeerUnavailableError: the job failed, or the process ended.
         """
+        assert self._running is not None, "not started"
         try:
-            self._connection.send(job)
+            self._running.connection.send(job)
         except OSError as error:
             raise PeerUnavailableError(f"its process has ended ({one_line(error)})") from error
-        reply = self._receive()
+        reply = self._running.receive()
         if not isinstance(reply, Answer):
             raise PeerUnavailableError(reply.reason if isinstance(reply, Failed) else "it gave no answer")
         return reply
 
     def close(self) -> None:
-        """End the process."""
-        self._connection.close()
-        if self._process.pid is not None:
-            self._process.join(timeout=10)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
-            self._process.close()
+        """End the process, if there is one."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.end()
 
     def __enter__(self) -> PeerProcess:
         self.start()
@@ -143,12 +150,30 @@ class PeerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _receive(self) -> object:
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A process and our end of its pipe."""
+
+    process: SpawnProcess
+    connection: Connection
+
+    def receive(self) -> object:
+        """Its next message, or that there is none."""
         try:
-            if not self._connection.poll(_PATIENCE_S):
+            if not self.connection.poll(_PATIENCE_S):
                 return Failed(f"no answer in {_PATIENCE_S:g} seconds")
-            reply: object = self._connection.recv()
+            reply: object = self.connection.recv()
             return reply
         except (EOFError, ConnectionError):
-            self._process.join(timeout=10)
-            return Failed(f"its process ended with exit status {self._process.exitcode}")
+            self.process.join(timeout=10)
+            return Failed(f"its process ended with exit status {self.process.exitcode}")
+
+    def end(self) -> None:
+        """Ask it to end, and kill it when it does not."""
+        self.connection.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,17 @@ _OPSET = 21
 _SEED = 0
 # As ``export.quantize`` has it.
 _ZERO_POINT = 128
-_BYTES = {"fp32": 4, "int8": 1}
+# Of an element of the weights, and of the caches.
+ELEMENT_BYTES = {"fp32": 4, "int8": 1}
+# Read an array and keep nothing; which is the fastest depends on the CPU. BLAS is left out: it may use threads of its own.
+_READERS: tuple[Callable[[npt.NDArray[np.uint64]], object], ...] = (
+    lambda words: np.bitwise_or.reduce(words),
+    lambda words: words.max(),
+    lambda words: words.view(np.int8).max(),
+    lambda words: words.view(np.float32).max(),
+    lambda words: words.view(np.float64).sum(),
+)
+_WORD_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +74,7 @@ def step_products(sizes: Sizes) -> list[Product]:
 def weight_bytes(products: Sequence[Product], precision: Precision) -> int:
     """What the weights take, with a float32 scale for each column in int8."""
     return sum(
-        product.inputs * product.outputs * _BYTES[precision] + (4 * product.outputs if precision == "int8" else 0)
+        product.inputs * product.outputs * ELEMENT_BYTES[precision] + (4 * product.outputs if precision == "int8" else 0)
         for product in products
     )
 
@@ -128,24 +138,7 @@ class ProductSession:
             repetitions: passes of each thread, over which the time is averaged; a first one does not count.
         """
         bindings = [self._binding(rows) for _ in range(threads)]
-        # By their own clocks: by the time that somebody else looks, short passes are over.
-        began, ended = [0.0] * threads, [0.0] * threads
-        start = threading.Barrier(threads)
-
-        def work(number: int) -> None:
-            self._session.run_with_iobinding(bindings[number])
-            start.wait()
-            began[number] = time.perf_counter()
-            for _ in range(repetitions):
-                self._session.run_with_iobinding(bindings[number])
-            ended[number] = time.perf_counter()
-
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return (max(ended) - min(began)) / repetitions
+        return _together(lambda number: self._session.run_with_iobinding(bindings[number]), threads, repetitions)
 
     def _binding(self, rows: int) -> ort.IOBinding:
         binding = self._session.io_binding()
@@ -158,22 +151,53 @@ class ProductSession:
         return binding
 
 
-def read_bandwidth(*, threads: int, buffer_bytes: int = 2**28, repetitions: int = 3) -> float:
-    """Bytes a second that ``threads`` threads together read from memory; the best of several passes over large buffers.
+def read_bandwidth(*, threads: int, shared_bytes: int, own_bytes: int, repetitions: int = 3) -> float:
+    """Bytes a second that ``threads`` threads together read, again and again, from wherever so many bytes come to lie.
+
+    As in decoder steps, all of them read the same weights, and each reads caches of its own. The best of several ways to read.
 
     Args:
-        threads: each with a part of its own.
-        buffer_bytes: of all parts; larger than the caches.
-        repetitions: passes, of which the fastest counts.
+        threads: at work, all at the same time.
+        shared_bytes: that each of them reads.
+        own_bytes: that each of them reads and no other.
+        repetitions: passes over everything, in each way; a first one does not count.
     """
-    parts = [np.ones(buffer_bytes // 4 // threads, np.float32) for _ in range(threads)]
-    best = 0.0
-    for _ in range(repetitions + 1):
-        workers = [threading.Thread(target=part.max) for part in parts]
-        started = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started))
-    return best
+    shared = _words(shared_bytes)
+    own = [_words(own_bytes) for _ in range(threads)]
+    read_bytes = threads * shared.nbytes + sum(words.nbytes for words in own)
+
+    def seconds(read: Callable[[npt.NDArray[np.uint64]], object]) -> float:
+        def work(number: int) -> None:
+            read(shared)
+            read(own[number])
+
+        return _together(work, threads, repetitions)
+
+    return read_bytes / min(seconds(read) for read in _READERS)
+
+
+def _words(count_bytes: int) -> npt.NDArray[np.uint64]:
+    # Ordinary numbers in every view: sums of denormal ones are slow.
+    return np.ones(2 * max(1, count_bytes // _WORD_BYTES), np.float32).view(np.uint64)
+
+
+def _together(work: Callable[[int], None], threads: int, repetitions: int) -> float:
+    """Seconds of one pass when threads, numbered from 0, make theirs all at the same time; a first one does not count."""
+    # By their own clocks: by the time that somebody else looks, short passes are over.
+    began, ended = [0.0] * threads, [0.0] * threads
+    start = threading.Barrier(threads)
+
+    def run(number: int) -> None:
+        work(number)
+        start.wait()
+        began[number] = time.perf_counter()
+        for _ in range(repetitions):
+            work(number)
+        ended[number] = time.perf_counter()
+
+    workers = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return (max(ended) - min(began)) / repetitions

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -39,29 +39,48 @@ def rounds_for(fastest_s: float, effort: Effort) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One peer with one split."""
+    """One peer with one split and one choice of kernels."""
 
-    peer: str
-    split: Split
     process: PeerProcess
+
+    @property
+    def peer(self) -> str:
+        """A key of ``benchmarks.peers.PEERS``."""
+        return self.process.spec.peer
+
+    @property
+    def split(self) -> Split:
+        """How it uses the CPUs."""
+        return self.process.spec.split
+
+    @property
+    def kernels(self) -> str:
+        """Empty where there is nothing to choose."""
+        return self.process.spec.kernels
 
     @property
     def settles(self) -> bool:
         """Whether its threads may still spin when it has answered."""
-        return self.process.spec.split.threads > 1
+        return max(self.split.threads, self.split.threads_when_alone or 1) > 1
+
+    @property
+    def name(self) -> str:
+        """Among those of its peer."""
+        return f"{self.split}, {self.kernels}" if self.kernels else str(self.split)
+
+    def __str__(self) -> str:
+        return f"{self.peer} ({self.name})"
 
 
 @dataclass(slots=True)
 class Field:
-    """The lanes of a race, and why a peer is not, or no longer, in it."""
+    """The lanes that take part, and why others do not."""
 
     lanes: list[Lane] = field(default_factory=list)
+    # Of a peer that takes part otherwise.
+    never_started: list[Lane] = field(default_factory=list)
+    # Peer or lane -> the reason, in one line.
     unavailable: dict[str, str] = field(default_factory=dict)
-
-    def drop(self, lane: Lane, reason: str) -> None:
-        """Leave a lane out from now on."""
-        self.lanes.remove(lane)
-        self.unavailable[f"{lane.peer} ({lane.split})"] = reason
 
 
 @contextmanager
@@ -75,11 +94,18 @@ def opened(specs: Mapping[str, Callable[[], list[PeerSpec]]]) -> Iterator[Field]
     with ExitStack() as stack:
         for peer, make in specs.items():
             try:
-                for spec in make():
-                    process = stack.enter_context(PeerProcess(spec))
-                    found.lanes.append(Lane(peer, spec.split, process))
+                lanes = [Lane(PeerProcess(spec)) for spec in make()]
             except PeerUnavailableError as error:
                 found.unavailable[peer] = str(error)
+                continue
+            for lane in lanes:
+                stack.callback(lane.process.close)
+                try:
+                    lane.process.start()
+                    found.lanes.append(lane)
+                except PeerUnavailableError as error:
+                    found.never_started.append(lane)
+                    found.unavailable[str(lane)] = str(error)
         yield found
 
 
@@ -88,27 +114,42 @@ def same_for_all(job: Job) -> Callable[[Lane], Job]:
     return lambda _: job
 
 
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What came of a race."""
+
+    answers: dict[Lane, list[Answer]] = field(default_factory=dict)
+    # Who failed, and why, in one line; what it had answered before does not count.
+    lost: dict[Lane, str] = field(default_factory=dict)
+
+
 def race(
-    runners: Field, job_for: Callable[[Lane], Job | None], effort: Effort, sleep: Callable[[float], None] = time.sleep
-) -> dict[Lane, list[Answer]]:
+    lanes: Iterable[Lane], job_for: Callable[[Lane], Job], effort: Effort, sleep: Callable[[float], None] = time.sleep
+) -> Race:
     """Everyone's answers to their jobs: a first turn that does not count, then rounds in which all have one turn each.
 
+    The process of a lane that fails is ended; the next race that it is in starts it again.
+
     Args:
-        runners: whoever fails is dropped from it.
-        job_for: a lane's job, or None where it has none.
+        lanes: who takes part.
+        job_for: a lane's job.
         effort: how many rounds.
         sleep: waits for spinning threads.
     """
-    jobs = {lane: job for lane in runners.lanes if (job := job_for(lane)) is not None}
-    answers: dict[Lane, list[Answer]] = {}
+    jobs = {lane: job_for(lane) for lane in lanes}
+    found = Race()
 
     def turn(lane: Lane) -> Answer | None:
         try:
+            if not lane.process.is_running:
+                lane.process.start()
             answer = lane.process.translate(jobs[lane])
         except PeerUnavailableError as error:
-            runners.drop(lane, str(error))
+            # Whatever state it is in, and whatever it may still say, is of no use to the next job.
+            lane.process.close()
+            found.lost[lane] = str(error)
+            found.answers.pop(lane, None)
             del jobs[lane]
-            answers.pop(lane, None)
             return None
         if lane.settles and len(jobs) > 1:
             sleep(_SETTLE_S)
@@ -116,9 +157,9 @@ def race(
 
     warm = [answer for lane in list(jobs) if (answer := turn(lane)) is not None]
     if not warm:
-        return {}
+        return found
     for _ in range(rounds_for(min(answer.seconds for answer in warm), effort)):
         for lane in list(jobs):
             if (answer := turn(lane)) is not None:
-                answers.setdefault(lane, []).append(answer)
-    return answers
+                found.answers.setdefault(lane, []).append(answer)
+    return found

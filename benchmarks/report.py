@@ -39,6 +39,7 @@ def _machine(report: Report) -> str:
     machine = report.machine
     lines = [
         ("started", f"{report.started_at}, {report.mode} mode"),
+        *([("command", f"`{report.command}`")] if report.command else []),
         ("CPU", f"{machine.cpu}, {machine.cores} cores used, {', '.join(machine.isa) or 'no instruction set of note'}"),
         ("memory", f"{machine.memory_bytes / 2**30:.1f} GiB"),
         ("system", machine.system),
@@ -46,16 +47,13 @@ def _machine(report: Report) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         *((f"model {name}", line) for name, line in report.models.items()),
     ]
-    explained = (
-        "Figures are medians with the least and the greatest sample in parentheses; libraries took turns within each cell. "
-        "A library is compared at its own best split of the CPUs."
-    )
-    return table(("", ""), lines) + "\n\n" + explained
+    return table(("", ""), lines)
 
 
 def _section(name: str, section: Section, experiment: Experiment | None, pictures: Path | None) -> str:
     shown = experiment if section.records else None
-    parts = [f"## {experiment.TITLE if experiment else name}", shown.render(section) if shown else "Nothing was measured."]
+    parts = [f"## {experiment.TITLE if experiment else name}"]
+    parts += [shown.METHOD, shown.render(section)] if shown else ["Nothing was measured."]
     if shown is not None and pictures is not None:
         parts += [f"![{plot.caption}]({plot.file_name})" for plot in shown.plot(section, pictures)]
     parts += ["\n".join(f"- {note}" for note in section.notes)]

@@ -141,6 +141,8 @@ class Report:
     # ISO 8601, UTC.
     started_at: str
     mode: Mode
+    # What makes such a report anew, but for the places of files; empty in a report from before it was written down.
+    command: str = ""
     machine: Machine
     # Package -> version, of all that took part.
     versions: Mapping[str, str]

@@ -42,13 +42,13 @@ def start_server(bundle: Path) -> tuple[subprocess.Popen[str], int]:
 
 
 def show(title: str, translations: list[RemoteTranslation]) -> None:
-    """Print each translation with its score and where its time went."""
+    """Print each translation and where its time went."""
     click.echo(f"\n{title}\n")
     for source, translation in zip(SENTENCES, translations, strict=True):
         best, timings = translation.hypotheses[0], translation.timings
         click.echo(f"  {source}\n  {best.text}")
         click.echo(
-            f"    score {best.score:.3f} · {translation.source_tokens} -> {best.target_tokens} tokens"
+            f"    {translation.source_tokens} -> {best.target_tokens} tokens"
             f" · queue {1e3 * timings.queue_s:.1f} ms, encode {1e3 * timings.encode_s:.1f} ms,"
             f" decode {1e3 * timings.decode_s:.1f} ms in {timings.steps} steps of {timings.mean_rows_per_step:.1f} rows\n"
         )

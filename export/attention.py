@@ -10,13 +10,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-_DOMAIN = "com.microsoft"
-# GroupQueryAttention takes heads whose width is a multiple of this.
+# The runtime's own operators.
+CONTRIB_DOMAIN = "com.microsoft"
+GROUP_QUERY_ATTENTION = "GroupQueryAttention"
+# It takes heads whose width is a multiple of this.
 HEAD_DIM_STEP = 8
-
+# Its optional inputs between the lengths and the scales: rotation (two), positions, bias, sinks.
+NUM_UNUSED_INPUTS = 5
 
 # The operator that stands for ragged cross-attention in a traced graph, until ``beam_widths.py`` puts real ones in its place.
 RAGGED_DOMAIN = "onnxlate"
@@ -36,12 +39,17 @@ class StepLengths:
     no_keys: Tensor  # [B, 0, d_model]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheScales:
-    """What the bytes of an int8 cache stand for: one scale for each channel, [1, h, 1, head_dim] float32."""
+class CacheScales(nn.Module):
+    """What the bytes of an int8 cache stand for: one scale for each channel."""
 
-    key: Tensor
+    key: Tensor  # [1, h, 1, head_dim] float32
     value: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, num_heads: int) -> None:
+        """Of each channel: [d_model]."""
+        super().__init__()
+        self.register_buffer("key", key.reshape(1, num_heads, 1, -1))
+        self.register_buffer("value", value.reshape(1, num_heads, 1, -1))
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
@@ -51,79 +59,99 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, n
     return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths)
 
 
-def padded_cross_attention(query: Tensor, key: Tensor, value: Tensor, step: StepLengths, num_heads: int) -> Tensor:
-    """Attend to the sources, at the cost of the longest: query [B, W, d_model]; key, value [B, h, S, head_dim] -> as query."""
-    if torch.onnx.is_in_onnx_export():
-        return _multi_head_attention(query, key, value, step.source, num_heads)
-    return _attend(_split(query, num_heads), key, value, step.source)
+class PaddedCrossAttention(nn.Module):
+    """Attends to the sources at the cost of the longest."""
+
+    # Whether the operator returns the caches, to be bound in place.
+    owns_caches = False
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, step: StepLengths) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, W, d_model]; key, value [B, h, S, head_dim] -> attended, as query, and both caches."""
+        if torch.onnx.is_in_onnx_export():
+            return _multi_head_attention(query, key, value, step.source, self.num_heads), key, value
+        return _attend(_split(query, self.num_heads), key, value, step.source), key, value
 
 
-def ragged_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, step: StepLengths, num_heads: int, scales: CacheScales | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend to the sources, each at the cost of its own length; what lies beyond it is never read.
+class RaggedCrossAttention(nn.Module):
+    """Attends to the sources, each at the cost of its own length; what lies beyond it is never read."""
 
-    Args:
-        query: [B, W, d_model].
-        key: [B, h, S, head_dim], int8 with ``scales``, else as query.
-        value: the same.
-        step: lengths.
-        num_heads: h.
-        scales: of int8 caches.
+    owns_caches = True
 
-    Returns:
-        Attended [B, W, d_model], and both caches as they were: the operator wants to own them.
-    """
-    if torch.onnx.is_in_onnx_export():
-        attended, key, value = torch.onnx.ops.symbolic_multi_out(
-            f"{RAGGED_DOMAIN}::{RAGGED_CROSS_ATTENTION}",
-            (query, step.no_keys, key, value, step.last_source, step.longest_source, *_scale_inputs(scales)),
-            {"num_heads": num_heads},
-            dtypes=(query.dtype, key.dtype, value.dtype),
-            shapes=(query.shape, key.shape, value.shape),
-            version=1,
+    def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
+        """Over floating-point caches, or int8 ones with their scales."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.scales = scales
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, step: StepLengths) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, W, d_model]; key, value [B, h, S, head_dim] -> attended, as query, and both caches as they were."""
+        if torch.onnx.is_in_onnx_export():
+            attended, key, value = torch.onnx.ops.symbolic_multi_out(
+                f"{RAGGED_DOMAIN}::{RAGGED_CROSS_ATTENTION}",
+                (query, step.no_keys, key, value, step.last_source, step.longest_source, *_scale_inputs(self.scales)),
+                {"num_heads": self.num_heads},
+                dtypes=(query.dtype, key.dtype, value.dtype),
+                shapes=(query.shape, key.shape, value.shape),
+                version=1,
+            )
+            return attended, key, value
+        return _attend(_split(query, self.num_heads), *_dequantized(key, value, self.scales), step.source), key, value
+
+
+class CachedSelfAttention(nn.Module):
+    """Appends each row's new key and value at the row's own position, in place, and attends to the row's keys so far."""
+
+    def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
+        """Over floating-point caches, or int8 ones with their scales."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.scales = scales
+
+    def forward(self, qkv: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            qkv: [B, W, 3 * d_model]: query, key and value side by side.
+            step: positions and the longest row.
+            key_cache: [R, h, C, head_dim].
+            value_cache: the same.
+
+        Returns:
+            Attended [B, W, d_model], and both caches.
+        """
+        sources, width, packed = qkv.shape
+        rows = qkv.reshape(-1, 1, packed)
+        if torch.onnx.is_in_onnx_export():
+            attended, key_cache, value_cache = self._operator(rows, step, key_cache, value_cache)
+        else:
+            attended = self._eager(rows, step, key_cache, value_cache)
+        return attended.reshape(sources, width, packed // 3), key_cache, value_cache
+
+    def _operator(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, ...]:
+        scales = self.scales
+        unused = () if scales is None else (None,) * NUM_UNUSED_INPUTS
+        return tuple(
+            torch.onnx.ops.symbolic_multi_out(
+                f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
+                (rows, None, None, key_cache, value_cache, step.positions, step.longest, *unused, *_scale_inputs(scales)),
+                {"num_heads": self.num_heads, "kv_num_heads": self.num_heads, **quantized_cache_attributes(scales is not None)},
+                dtypes=(rows.dtype, key_cache.dtype, value_cache.dtype),
+                shapes=((rows.shape[0], 1, rows.shape[2] // 3), key_cache.shape, value_cache.shape),
+                version=1,
+            )
         )
-        return attended, key, value
-    attended = _attend(_split(query, num_heads), *_dequantized(key, value, scales), step.source)
-    return attended, key, value
 
-
-def append_and_attend(
-    qkv: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor, num_heads: int, scales: CacheScales | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Append each row's new key and value at the row's own position, in place, and attend to the row's keys so far.
-
-    Args:
-        qkv: [B, W, 3 * d_model]: query, key and value side by side.
-        step: positions and the longest row.
-        key_cache: [R, h, C, head_dim], int8 with ``scales``, else as qkv.
-        value_cache: the same.
-        num_heads: h.
-        scales: of int8 caches.
-
-    Returns:
-        Attended [B, W, d_model], and both caches.
-    """
-    sources, width, packed = qkv.shape
-    d_model = packed // 3
-    rows = qkv.reshape(-1, 1, packed)
-    if torch.onnx.is_in_onnx_export():
-        unused = () if scales is None else (None,) * 5  # rotation, positions, bias, sinks
-        attended, key_cache, value_cache = torch.onnx.ops.symbolic_multi_out(
-            f"{_DOMAIN}::GroupQueryAttention",
-            (rows, None, None, key_cache, value_cache, step.positions, step.longest, *unused, *_scale_inputs(scales)),
-            {"num_heads": num_heads, "kv_num_heads": num_heads, **quantized_cache_attributes(scales is not None)},
-            dtypes=(qkv.dtype, key_cache.dtype, value_cache.dtype),
-            shapes=((rows.shape[0], 1, d_model), key_cache.shape, value_cache.shape),
-            version=1,
-        )
-    else:
-        query, key, value = (_split(part, num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
+    def _eager(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        scales = self.scales
+        query, key, value = (_split(part, self.num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
         row = torch.arange(rows.shape[0])
         key_cache[row, :, step.positions] = _quantized(key, None if scales is None else scales.key)[:, :, 0]
         value_cache[row, :, step.positions] = _quantized(value, None if scales is None else scales.value)[:, :, 0]
-        attended = _attend(query, *_dequantized(key_cache, value_cache, scales), step.positions + 1)
-    return attended.reshape(sources, width, d_model), key_cache, value_cache
+        return _attend(query, *_dequantized(key_cache, value_cache, scales), step.positions + 1)
 
 
 def quantized_cache_attributes(quantized: bool) -> dict[str, str | int]:
@@ -151,7 +179,7 @@ def _multi_head_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Te
     Lengths are 1-D on purpose: a 2-D mask falls to a slow kernel on CUDA.
     """
     return torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::MultiHeadAttention",
+        f"{CONTRIB_DOMAIN}::MultiHeadAttention",
         (query, key, value, None, lengths),
         {"num_heads": num_heads},
         dtype=query.dtype,

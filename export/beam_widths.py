@@ -13,11 +13,17 @@ from __future__ import annotations
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.attention import RAGGED_CROSS_ATTENTION, RAGGED_DOMAIN, quantized_cache_attributes
+from export.attention import (
+    CONTRIB_DOMAIN,
+    GROUP_QUERY_ATTENTION,
+    NUM_UNUSED_INPUTS,
+    RAGGED_CROSS_ATTENTION,
+    RAGGED_DOMAIN,
+    quantized_cache_attributes,
+)
 
-_CONTRIB = "com.microsoft"
-# Optional inputs between the lengths and the scales: rotation, positions, bias, sinks.
-_UNUSED = [""] * 5
+# Decided first, in this order, because each decision costs some microseconds a layer: greedy search, and the usual beams.
+_POPULAR = (1, 4, 5)
 
 
 def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int, max_width: int) -> None:
@@ -27,8 +33,13 @@ def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int,
         model: a traced decoder.
         target_ids: the input [B, W] that tells the width.
         head_dim: width of one head.
-        max_width: a wider step fails.
+        max_width: a wider step fails; at least 2.
+
+    Raises:
+        ValueError: max_width is less than 2.
     """
+    if max_width < 2:
+        raise ValueError(f"max_width must be at least 2, not {max_width}")
     builder = _Builder(target_ids, head_dim, max_width)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
@@ -39,9 +50,9 @@ def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int,
     del model.graph.node[:]
     model.graph.node.extend([*builder.shared_nodes, *nodes])
     model.graph.initializer.extend(builder.constants)
-    kept = [opset for opset in model.opset_import if opset.domain not in (RAGGED_DOMAIN, _CONTRIB)]
+    kept = [opset for opset in model.opset_import if opset.domain not in (RAGGED_DOMAIN, CONTRIB_DOMAIN)]
     del model.opset_import[:]
-    model.opset_import.extend([*kept, helper.make_opsetid(_CONTRIB, 1)])
+    model.opset_import.extend([*kept, helper.make_opsetid(CONTRIB_DOMAIN, 1)])
 
 
 class _Builder:
@@ -49,52 +60,57 @@ class _Builder:
 
     def __init__(self, target_ids: str, head_dim: int, max_width: int) -> None:
         self._head_dim = head_dim
-        self._max_width = max_width
         self.constants: list[TensorProto] = []
         self._constant_names: set[str] = set()
         self.shared_nodes = [
             helper.make_node("Shape", [target_ids], ["ragged.width_1d"], start=1, end=2),
             helper.make_node("Squeeze", ["ragged.width_1d"], ["ragged.width"]),
         ]
-        for width in range(1, max_width):
-            limit = self._constant(f"ragged.is.{width}", width)
-            self.shared_nodes.append(helper.make_node("LessOrEqual", ["ragged.width", limit], [f"ragged.up_to.{width}"]))
+        self._popular = [width for width in _POPULAR if width < max_width]
+        self._others = [width for width in range(1, max_width + 1) if width not in self._popular]
+        for name, operator, widths in (("is", "Equal", self._popular), ("up_to", "LessOrEqual", self._others[:-1])):
+            for width in widths:
+                limit = self._constant(f"ragged.width.{width}", width)
+                self.shared_nodes.append(helper.make_node(operator, ["ragged.width", limit], [f"ragged.{name}.{width}"]))
 
     def branches(self, node: NodeProto) -> NodeProto:
-        """What stands for one stand-in. Greedy search, the most frequent, is decided first; the others by halving."""
-        name = f"ragged.{node.output[0]}"
-        if self._max_width == 1:
-            raise ValueError("max_width must be at least 2")
-        return self._decision(node, name, list(node.output), 1, self._leaf(node, 1), self._between(node, 2, self._max_width))
+        """What stands for one stand-in: the popular widths one after another, then the others by halving."""
+        return self._decision(node, f"ragged.{node.output[0]}", list(node.output), self._popular, self._others)
 
-    def _between(self, node: NodeProto, low: int, high: int) -> GraphProto:
-        if low == high:
-            return self._leaf(node, low)
-        middle = (low + high) // 2
-        name = f"ragged.{node.output[0]}.{low}_{high}"
+    def _decision(self, node: NodeProto, name: str, outputs: list[str], popular: list[int], others: list[int]) -> NodeProto:
+        """Choose between two widths at least."""
+        if popular:
+            condition = f"ragged.is.{popular[0]}"
+            then, otherwise = self._choice(node, name, popular[:1], []), self._choice(node, name, popular[1:], others)
+        else:
+            low, high = others[: len(others) // 2], others[len(others) // 2 :]
+            condition = f"ragged.up_to.{low[-1]}"
+            then, otherwise = self._choice(node, name, [], low), self._choice(node, name, [], high)
+        return helper.make_node("If", [condition], outputs, name=name, then_branch=then, else_branch=otherwise)
+
+    def _choice(self, node: NodeProto, name: str, popular: list[int], others: list[int]) -> GraphProto:
+        """A graph for these widths."""
+        widths = [*popular, *others]
+        if len(widths) == 1:
+            return self._leaf(node, widths[0])
+        name = f"{name}.{len(popular)}_{others[0]}_{others[-1]}"
         outputs = [f"{name}.{i}" for i in range(3)]
-        decision = self._decision(
-            node, name, outputs, middle, self._between(node, low, middle), self._between(node, middle + 1, high)
-        )
-        return self._graph(node, name, [decision], outputs)
-
-    @staticmethod
-    def _decision(node: NodeProto, name: str, outputs: list[str], up_to: int, then: GraphProto, other: GraphProto) -> NodeProto:
-        return helper.make_node("If", [f"ragged.up_to.{up_to}"], outputs, name=name, then_branch=then, else_branch=other)
+        return self._graph(node, name, [self._decision(node, name, outputs, popular, others)], outputs)
 
     def _leaf(self, node: NodeProto, width: int) -> GraphProto:
         """GroupQueryAttention of one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""
-        query, no_keys, key, value, last, longest, *scales = node.input
+        query, no_keys, key, value, last, longest = node.input[:6]
+        scales = _scales(node)
         heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
         name = f"ragged.{node.output[0]}.w{width}"
         outputs = [f"{name}.{i}" for i in range(3)]
         grouped_query, grouped = (query, outputs[0]) if width == 1 else (f"{name}.query", f"{name}.grouped")
         attend = helper.make_node(
-            "GroupQueryAttention",
-            [grouped_query, no_keys, no_keys, key, value, last, longest, *(_UNUSED if scales else []), *scales],
+            GROUP_QUERY_ATTENTION,
+            [grouped_query, no_keys, no_keys, key, value, last, longest, *([""] * NUM_UNUSED_INPUTS if scales else []), *scales],
             [grouped, *outputs[1:]],
             name=f"{name}.attend",
-            domain=_CONTRIB,
+            domain=CONTRIB_DOMAIN,
             num_heads=width * heads,
             kv_num_heads=heads,
         )
@@ -125,7 +141,7 @@ class _Builder:
 
     @staticmethod
     def _graph(node: NodeProto, name: str, nodes: list[NodeProto], outputs: list[str]) -> GraphProto:
-        cache_type = TensorProto.INT8 if len(node.input) > 6 else TensorProto.FLOAT
+        cache_type = TensorProto.INT8 if _scales(node) else TensorProto.FLOAT
         types = (TensorProto.FLOAT, cache_type, cache_type)
         return helper.make_graph(
             nodes,
@@ -133,3 +149,8 @@ class _Builder:
             [],
             [helper.make_tensor_value_info(output, kind, None) for output, kind in zip(outputs, types, strict=True)],
         )
+
+
+def _scales(node: NodeProto) -> list[str]:
+    """Of int8 caches; none of floating-point ones."""
+    return list(node.input[6:])

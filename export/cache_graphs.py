@@ -12,22 +12,20 @@ from export.onnx_export import OPSET
 
 # Of the ONNX file format: what the opset came with, so that every runtime that knows the one reads the other.
 _IR_VERSION = 8
-_ELEMENT_TYPES = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
 
 
-def cache_rows_graph(num_tensors: int, precision: str = "fp16") -> bytes:
+def cache_rows_graph(num_tensors: int, element_type: TensorProto.DataType) -> bytes:
     """Build ``source.N`` [rows, values], ``rows`` [n] int64 -> ``target.N`` [n, values], target.N[i] = source.N[rows[i]].
 
     All tensors in one call; rows and values are free in each, so that a row may be a cache's row, a head or a position.
 
     Args:
         num_tensors: N goes from 0 to num_tensors - 1.
-        precision: of the caches, "fp16" or "fp32".
+        element_type: of the caches.
 
     Returns:
         The serialized ONNX model.
     """
-    element_type = _ELEMENT_TYPES[precision]
     numbers = range(num_tensors)
     graph = helper.make_graph(
         [helper.make_node("Gather", [f"source.{i}", "rows"], [f"target.{i}"], axis=0) for i in numbers],

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable
+from export.attention import CachedSelfAttention, CacheScales, RaggedCrossAttention
+from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable
 from export.model import Transformer
-from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, Int8TokenTable, ObservedLinear
+from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, Int8TokenTable, ObservedLinear, RoundToInt8
 from export.verify import Reference, module_stepper
 
 
@@ -42,14 +43,13 @@ def _quantize_caches(encoder: EncoderGraph, decoder: DecoderStepGraph, num_heads
     """Give every cache its scales, and let the encoder end in bytes."""
     cross = _observed(encoder.cross)
     cross_scales = _cache_scale(cross.output_magnitude)
-    encoder.cross = CalibratedInt8Linear(cross, output_scale=cross_scales)
-    encoder.cross_is_int8 = True
+    encoder.cross = nn.Sequential(CalibratedInt8Linear(cross, output_scale=cross_scales), RoundToInt8())
     scales = cross_scales.chunk(encoder.num_tensors)
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, GraphDecoderLayer)
         _, key, value = _cache_scale(_observed(layer.qkv).output_magnitude).chunk(3)
-        layer.self_scales = CacheScaleBuffers(key, value, num_heads)
-        layer.cross_scales = CacheScaleBuffers(scales[2 * i], scales[2 * i + 1], num_heads)
+        layer.self_attention = CachedSelfAttention(num_heads, CacheScales(key, value, num_heads))
+        layer.cross_attention = RaggedCrossAttention(num_heads, CacheScales(scales[2 * i], scales[2 * i + 1], num_heads))
 
 
 def _quantize_products(module: nn.Module) -> None:

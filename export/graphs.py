@@ -13,6 +13,7 @@ Shapes: a lane has B sources with W hypotheses each; R = B * W rows. S: source c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,18 @@ from export.model import (
     Transformer,
     activate,
 )
-from export.quantize import to_int8
 
 # (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
 
+# What a graph is laid out for.
+Device = Literal["cpu", "cuda"]
+CrossAttention = attention.RaggedCrossAttention | attention.PaddedCrossAttention
+
+_CROSS_ATTENTION: dict[Device, type[attention.RaggedCrossAttention] | type[attention.PaddedCrossAttention]] = {
+    "cpu": attention.RaggedCrossAttention,
+    "cuda": attention.PaddedCrossAttention,
+}
 # Added to the logits of tokens that must never be decoded.
 NEVER = -1e9
 # A row's candidates are looked for in blocks of at most so many tokens, if there are enough blocks.
@@ -158,8 +166,6 @@ class EncoderGraph(nn.Module):
         # One product makes the keys and values of all layers: the memory is read, and quantized, once.
         self.cross = _fused(linear, *(part for cross in crosses for part in (cross.key, cross.value)))
         self.num_tensors = 2 * len(crosses)
-        # Whether ``cross`` makes keys and values in units of their scales, to be rounded to bytes.
-        self.cross_is_int8 = False
 
     def forward(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
         """Encode a batch.
@@ -169,43 +175,23 @@ class EncoderGraph(nn.Module):
             source_lengths: [B] int32.
 
         Returns:
-            [2 * decoder layers, B, h, S, head_dim]: key and value of layer 0, of layer 1, and so on. What stands at
-            padded positions is finite and meaningless.
+            [2 * decoder layers, B, h, S, head_dim]: key and value of layer 0, of layer 1, and so on, in whatever ``cross`` makes
+            of them. What stands at padded positions is finite and meaningless.
         """
         x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
         for layer in self.layers:
             x = layer(x, source_lengths)
         cross = self.cross(self.final_norm(x))  # [B, S, tensors * d_model]
-        if self.cross_is_int8:
-            cross = to_int8(cross)
         split = torch.unflatten(cross, 2, (self.num_tensors, self.num_heads, self.head_dim))
         return split.permute(2, 0, 3, 1, 4).contiguous()
-
-
-class CacheScaleBuffers(nn.Module):
-    """Scales of an int8 cache, as constants of the graph."""
-
-    key: Tensor
-    value: Tensor
-
-    def __init__(self, key: Tensor, value: Tensor, num_heads: int) -> None:
-        """Of each channel: [d_model]."""
-        super().__init__()
-        self.register_buffer("key", key.reshape(1, num_heads, 1, -1))
-        self.register_buffer("value", value.reshape(1, num_heads, 1, -1))
-
-    def both(self) -> attention.CacheScales:
-        """As the attention takes them."""
-        return attention.CacheScales(self.key, self.value)
 
 
 class GraphDecoderLayer(nn.Module):
     """Decoder layer for one step of every row."""
 
-    def __init__(self, layer: DecoderLayer, config: ModelConfig, linear: LinearFactory) -> None:
+    def __init__(self, layer: DecoderLayer, config: ModelConfig, linear: LinearFactory, cross_attention: CrossAttention) -> None:
         super().__init__()
         own: MultiHeadAttention = layer.self_attention
-        self.num_heads = config.num_heads
         self.qkv = _fused(linear, own.query, own.key, own.value)
         self.self_output = _linear(linear, own.output)
         self.self_residual = layer.self_attention_residual
@@ -214,11 +200,11 @@ class GraphDecoderLayer(nn.Module):
         self.cross_residual = layer.cross_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
-        self.self_scales: CacheScaleBuffers | None = None
-        self.cross_scales: CacheScaleBuffers | None = None
+        self.self_attention = attention.CachedSelfAttention(config.num_heads)
+        self.cross_attention = cross_attention
 
     def forward(
-        self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor], *, ragged: bool
+        self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
 
@@ -226,67 +212,86 @@ class GraphDecoderLayer(nn.Module):
             X of the same shape, the own cache with this step's keys and values, and the cross cache as it was.
         """
         qkv = self.qkv(self.self_residual.enter(x))
-        own_scales = None if self.self_scales is None else self.self_scales.both()
-        attended, *own_after = attention.append_and_attend(qkv, step, *own, self.num_heads, own_scales)
+        attended, *own_after = self.self_attention(qkv, step, *own)
         x = self.self_residual.leave(x, self.self_output(attended))
-        query = self.cross_query(self.cross_residual.enter(x))
         # A source's keys and values are read once for all of its hypotheses.
-        if ragged:
-            scales = None if self.cross_scales is None else self.cross_scales.both()
-            attended, *cross_after = attention.ragged_cross_attention(query, *cross, step, self.num_heads, scales)
-        else:
-            attended, cross_after = attention.padded_cross_attention(query, *cross, step, self.num_heads), list(cross)
+        attended, *cross_after = self.cross_attention(self.cross_query(self.cross_residual.enter(x)), *cross, step)
         x = self.cross_residual.leave(x, self.cross_output(attended))
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
         return x, (own_after[0], own_after[1]), (cross_after[0], cross_after[1])
 
 
 class Candidates(nn.Module):
-    """Exact top-k of log-softmax in two stages: the best blocks by their maxima, then the best tokens of those blocks.
+    """Exact top-k of the logits in two stages: the best blocks by their maxima, then the best tokens of those blocks.
 
     The k best tokens lie within the k blocks of largest maximum, so nothing is lost; one pass over the vocabulary for the
     maxima and k * block tokens to sort replace a sort over the vocabulary.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, scores_on_request: bool) -> None:
+        """For a vocabulary.
+
+        Args:
+            vocab_size: tokens.
+            scores_on_request: whether log-probabilities cost nothing while nobody wants them (a branch in the graph) or are
+                always there (on CUDA, where a branch would have to wait for the host).
+        """
         super().__init__()
         self.block = candidate_block(vocab_size)
         self.num_blocks = max_candidates(vocab_size)
+        self.scores_on_request = scores_on_request
 
-    def forward(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Logits [B, W, num_blocks * block] -> token ids and log-probabilities [B, W, k], best first."""
-        # As one operator, row by row: a sum over the vocabulary of its own would take another order for a single row.
-        log_probs = F.log_softmax(logits, dim=2)
+    def forward(self, logits: Tensor, k: int, log_probs_wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, W, num_blocks * block] -> token ids and log-probabilities, or else logits, [B, W, k], best first."""
+        ids = self._best(logits, k)
+        if not self.scores_on_request:
+            return ids, _log_probs_of(logits, ids)
+        if torch.onnx.is_in_onnx_export():
+            return ids, torch.cond(log_probs_wanted, _log_probs_of, _logits_of, (logits, ids))
+        return ids, _log_probs_of(logits, ids) if log_probs_wanted else _logits_of(logits, ids)
+
+    def _best(self, logits: Tensor, k: int) -> Tensor:
         if self.block == 1:
-            best, ids = torch.topk(log_probs, k, dim=2)
-            return ids, best
-        blocks = torch.unflatten(log_probs, 2, (self.num_blocks, self.block))
+            return torch.topk(logits, k, dim=2)[1]
+        blocks = torch.unflatten(logits, 2, (self.num_blocks, self.block))
         _, block_ids = torch.topk(blocks.amax(dim=3), k, dim=2)  # [B, W, k]
         chosen = torch.gather(blocks, 2, block_ids[..., None].expand(-1, -1, -1, self.block)).flatten(2)
-        best, places = torch.topk(chosen, k, dim=2)  # places in [0, k * block)
-        ids = torch.gather(block_ids, 2, places // self.block) * self.block + places % self.block
-        return ids, best
+        _, places = torch.topk(chosen, k, dim=2)  # in [0, k * block)
+        return torch.gather(block_ids, 2, places // self.block) * self.block + places % self.block
+
+
+def _log_probs_of(logits: Tensor, ids: Tensor) -> Tensor:
+    # As one operator, row by row: a sum over the vocabulary of its own would take another order for a single row.
+    return torch.gather(F.log_softmax(logits, dim=2), 2, ids)
+
+
+def _logits_of(logits: Tensor, ids: Tensor) -> Tensor:
+    return torch.gather(logits, 2, ids)
 
 
 class DecoderStepGraph(nn.Module):
     """One decoder step of every row of a lane."""
 
-    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear, *, ragged: bool = True) -> None:
+    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear, *, device: Device = "cpu") -> None:
         """Lay out a model's decoder.
 
         Args:
             model: trained.
             linear: makes the products.
-            ragged: whether a source costs its own length in cross-attention (on a CPU) or that of the longest beside it (on CUDA,
-                where the former has not been tried).
+            device: what the graph is for. On a CPU a source costs its own length in cross-attention, and log-probabilities are
+                made when somebody wants them; on CUDA neither has been tried.
         """
         super().__init__()
         config = model.config
-        self.ragged = ragged
+        cross_attention = _CROSS_ATTENTION[device]
+        self.keeps_cross_cache = cross_attention.owns_caches
         self.embedding = GraphEmbedding(model.decoder.embedding)
-        self.layers = nn.ModuleList(GraphDecoderLayer(_decoder_layer(x), config, linear) for x in model.decoder.layers)
+        self.layers = nn.ModuleList(
+            GraphDecoderLayer(_decoder_layer(layer), config, linear, cross_attention(config.num_heads))
+            for layer in model.decoder.layers
+        )
         self.final_norm = model.decoder.final_norm
-        self.candidates = Candidates(config.target_vocab_size)
+        self.candidates = Candidates(config.target_vocab_size, scores_on_request=device == "cpu")
         self.output = linear(*_padded_output(model, self.candidates.block * self.candidates.num_blocks))
 
     def forward(
@@ -296,6 +301,7 @@ class DecoderStepGraph(nn.Module):
         longest: Tensor,
         source_lengths: Tensor,
         candidate_ranks: Tensor,
+        log_probs_wanted: Tensor,
         self_cache: list[Tensor],
         cross_cache: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -307,12 +313,13 @@ class DecoderStepGraph(nn.Module):
             longest: int32 scalar, 1 + the largest position.
             source_lengths: [B] int32.
             candidate_ranks: [k] int64, 0 .. k - 1; its length says how many candidates are wanted.
+            log_probs_wanted: bool scalar; where it is false, candidates come with their logits instead. For a CPU only.
             self_cache: 2 * layers of [R, h, C, head_dim]; written in place at each row's position.
             cross_cache: 2 * layers of [B, h, S, head_dim].
 
         Returns:
             Candidate ids [B, W, k] int64, their log-probabilities [B, W, k] float32 (best first), the logits
-            [B, W, padded vocabulary] float32, the self-attention cache, and, from ragged graphs, the cross-attention cache as
+            [B, W, padded vocabulary] float32, the self-attention cache, and, from graphs for a CPU, the cross-attention cache as
             it was: operators that append own their caches.
         """
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
@@ -323,12 +330,12 @@ class DecoderStepGraph(nn.Module):
         kept: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             at = slice(2 * i, 2 * i + 2)
-            x, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]), ragged=self.ragged)
+            x, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
             appended += own
             kept += cross
         logits = self.output(self.final_norm(x)).float()
-        ids, log_probs = self.candidates(logits, candidate_ranks.shape[0])
-        return ids, log_probs, logits, appended, kept if self.ragged else []
+        ids, log_probs = self.candidates(logits, candidate_ranks.shape[0], log_probs_wanted)
+        return ids, log_probs, logits, appended, kept if self.keeps_cross_cache else []
 
 
 def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from export.model import ModelConfig
 # its CUDA kernels of ReduceMax and Equal are for the versions that 18 has, and a graph with newer ones runs those on the CPU.
 OPSET = 18
 
-# Widest beam of a ragged decoder, which has a branch for each width.
+# Widest beam of a decoder for a CPU, which has a branch for each width.
 MAX_BEAM_SIZE = 16
 
 _ANY = torch.export.Dim.DYNAMIC
@@ -55,6 +55,7 @@ def example_step(
         torch.tensor(1, dtype=torch.int32),
         torch.full((sources,), source_capacity, dtype=torch.int32),
         torch.arange(2),
+        torch.tensor(True),
         [torch.zeros(own, dtype=dtype) for _ in range(tensors)],
         [torch.zeros(cross, dtype=dtype) for _ in range(tensors)],
     )
@@ -63,9 +64,10 @@ def example_step(
 def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> bytes:
     """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
 
-    Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``self_cache.N``,
-    ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``, ``self_cache_appended.N`` and, of a
-    ragged graph, ``cross_cache_kept.N``: to be bound to the very memory of the caches that came in.
+    Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``log_probs_wanted``,
+    ``self_cache.N``, ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``,
+    ``self_cache_appended.N`` and, of a graph for a CPU, ``cross_cache_kept.N``: to be bound to the very memory of the caches
+    that came in.
 
     Returns:
         The serialized ONNX model.
@@ -78,19 +80,19 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
     model = _trace(
         graph,
         example,
-        dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, [cache] * tensors, [cache] * tensors),
+        dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, {}, [cache] * tensors, [cache] * tensors),
         input_names=[
-            *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks"),
+            *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted"),
             *(f"self_cache.{i}" for i in range(tensors)),
             *(f"cross_cache.{i}" for i in range(tensors)),
         ],
         output_names=[
             *("candidate_ids", "candidate_log_probs", "logits"),
             *(f"self_cache_appended.{i}" for i in range(tensors)),
-            *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.ragged),
+            *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.keeps_cross_cache),
         ],
     )
-    if graph.ragged:
+    if graph.keeps_cross_cache:
         expand_cross_attention(model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
     return model.SerializeToString()
 

@@ -112,12 +112,15 @@ class Int8TokenTable(nn.Module):
         return F.embedding(ids, self.rows).float() * F.embedding(ids, self.scales)
 
 
-def to_int8(x: Tensor) -> Tensor:
-    """Round to int8, with a scale of one."""
-    if torch.onnx.is_in_onnx_export():
-        one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
-        return torch.onnx.ops.symbolic("QuantizeLinear", (x, one, zero), dtype=torch.int8, shape=x.shape)
-    return x.round().clamp(-128, 127).to(torch.int8)
+class RoundToInt8(nn.Module):
+    """Rounds to bytes, with a scale of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...] float32 -> [...] int8."""
+        if torch.onnx.is_in_onnx_export():
+            one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
+            return torch.onnx.ops.symbolic("QuantizeLinear", (x, one, zero), dtype=torch.int8, shape=x.shape)
+        return x.round().clamp(-128, 127).to(torch.int8)
 
 
 def _integer_product(
@@ -136,5 +139,5 @@ def _integer_product(
 
 
 def _exact_product(scaled: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
-    """Sums of products of bytes are exact in float32 up to K of about 1,000, and in float64 always."""
+    """Sums of products of bytes are exact in float64 always; in float32 up to K of 1,032 with zero point 128, of 518 with 0."""
     return scaled.round().clamp(low, high).double() @ weight.double()

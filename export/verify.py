@@ -1,8 +1,8 @@
 """The parity certificate: how far the exported graphs are from the trained model, measured, and the gate.
 
 Every comparison is made against the same reference, the model's uncached full pass in float32, at every position of its own
-greedy translations of real sentences. Agreement at every position given the same prefix means, by induction, the same
-greedy translation.
+greedy translations of sample sources (``samples.py``). Agreement at every position given the same prefix means, by
+induction, the same greedy translation.
 Does not know: where graphs come from or go to.
 """
 
@@ -21,8 +21,10 @@ from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step
 from serving.bundle import Comparison
 from serving.errors import ExportError
-from serving.session import load_graph, pad_sources
+from serving.runtime import load_graph, pad_sources
 
+# What everything is compared with, for the certificate.
+REFERENCE_NAME = "PyTorch, fp32, uncached"
 # Largest absolute difference of any logit, for graphs that compute in float32.
 FP32_LOGIT_TOLERANCE = 1e-3
 # Tokens of a reference translation at most: a model that does not stop is compared on so many.
@@ -118,6 +120,7 @@ class _EagerDecoding:
             torch.tensor(self._position + 1, dtype=torch.int32),
             self._lengths,
             torch.arange(1),
+            torch.tensor(True),
             self._cache,
             self._cross,
         )
@@ -142,8 +145,16 @@ def module_stepper(config: ModelConfig, encoder: EncoderGraph, decoder: DecoderS
     return step_through
 
 
-def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, *, device: str = "cpu") -> Stepper:
+def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, *, name: str, device: str = "cpu") -> Stepper:
     """The exported graphs on ONNX Runtime, loaded as serving loads them, with the self-attention cache appended to in place.
+
+    Args:
+        config: the model's.
+        encoder_onnx: serialized.
+        decoder_onnx: the same.
+        name: of their comparison, for errors. One that the stepper raises is an ExportError: what the decoder calls its best
+            candidate is not that.
+        device: "cpu" or "cuda".
 
     Raises:
         ServerStartError: the device is not there.
@@ -171,17 +182,18 @@ def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, 
                 "longest": np.array(position + 1, np.int32),
                 "source_lengths": lengths,
                 "candidate_ranks": np.arange(1),
+                "log_probs_wanted": np.array(False),
             }
-            for name, array in feeds.items():
-                binding.bind_cpu_input(name, array)
-            for name in ("candidate_ids", "logits"):
-                binding.bind_output(name)
+            for fed, array in feeds.items():
+                binding.bind_cpu_input(fed, array)
+            for fetched in ("candidate_ids", "logits"):
+                binding.bind_output(fetched)
             decoder.run_with_iobinding(binding)
             candidate_ids, step_logits = (output.numpy() for output in binding.get_outputs()[-2:])
             best = step_logits[0, 0, candidate_ids[0, 0, 0]]
             # By their logits: where two are equal but for rounding, either may come first.
             if np.isfinite(step_logits).all() and best < step_logits.max() - _ROUNDING * max(1.0, abs(best)):
-                raise ExportError("the decoder graph's best candidate is not the best of its own logits")
+                raise ExportError(f"{name}: the decoder's best candidate is not the best of its own logits; nothing was written")
             logits.append(step_logits[0, 0])
         return np.stack(logits)
 
@@ -193,7 +205,7 @@ def compare(
     stepper: Stepper,
     config: ModelConfig,
     *,
-    reference_name: str,
+    name: str,
     tolerance: float | None,
     progress: Callable[[], object] = lambda: None,
 ) -> Comparison:
@@ -203,7 +215,7 @@ def compare(
         references: what to compare with.
         stepper: the graph.
         config: the model's.
-        reference_name: for the certificate.
+        name: of the comparison, for errors.
         tolerance: of the logits; None measures without a gate.
         progress: called after each sentence.
 
@@ -221,9 +233,9 @@ def compare(
         progress()
     worst = float(np.max(differences))  # not a number if any is
     if not np.isfinite(worst):
-        raise ExportError(f"{reference_name}: the graphs' logits are not finite; nothing was written")
+        raise ExportError(f"{name}: the graphs' logits are not finite; nothing was written")
     return Comparison(
-        reference=reference_name, max_abs_logit_difference=worst, token_agreement=agreed / tokens, tolerance=tolerance
+        reference=REFERENCE_NAME, max_abs_logit_difference=worst, token_agreement=agreed / tokens, tolerance=tolerance
     )
 
 
@@ -251,6 +263,7 @@ def _decodable(logits: NDArray[np.float32], config: ModelConfig) -> NDArray[np.f
 
 
 def _empty_cache(config: ModelConfig, target_capacity: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    arguments = example_step(config, sources=1, width=1, source_capacity=1, target_capacity=target_capacity, dtype=dtype)
-    cache: list[torch.Tensor] = arguments[5]
+    step = example_step(config, sources=1, width=1, source_capacity=1, target_capacity=target_capacity, dtype=dtype)
+    cache: list[torch.Tensor]
+    *_, cache, _ = step
     return cache

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 from serving.errors import InvalidRequestError, OnnxlateError
-from serving.preparation import BLANK, RequestOptions, TextPreparer, Translation
+from serving.preparation import UNTOLD, Direction, RequestOptions, TextPreparer, Translation
 from serving.request import Outcome, Sequence
 from serving.translator import DecodingEngine
 
@@ -47,7 +47,13 @@ class Window:
 
 
 def through_engine(
-    lines: Iterable[str], *, preparer: TextPreparer, engine: DecodingEngine, options: RequestOptions, window: Window
+    lines: Iterable[str],
+    *,
+    preparer: TextPreparer,
+    engine: DecodingEngine,
+    options: RequestOptions,
+    window: Window,
+    direction: Direction = UNTOLD,
 ) -> Iterator[Translation]:
     """Translate lines in this process. Lines before a bad one are still answered, then its error is raised.
 
@@ -57,6 +63,7 @@ def through_engine(
         engine: started; it is never handed more than the window, so it has no cause to refuse.
         options: of every line.
         window: at most this much is in the engine.
+        direction: what the model is told of the lines' languages.
 
     Raises:
         InvalidRequestError: the options or a line are out of bounds.
@@ -75,7 +82,7 @@ def through_engine(
         while True:
             try:
                 number, text = next(numbered)
-                source = preparer.source_ids(text, f"line {number}")
+                source = preparer.source_ids(text, f"line {number}", direction)
             except StopIteration:
                 break
             except OnnxlateError as error:
@@ -83,18 +90,26 @@ def through_engine(
                 break
             while on_the_way and (is_full(len(source)) or on_the_way[0].ended.is_set()):
                 tokens -= len(on_the_way[0].source)
-                yield on_the_way.popleft().translation(preparer)
+                yield on_the_way.popleft().translation(preparer, options)
             line = _Line(source)
             if source:
                 now_s = time.monotonic()
-                line.sequence = preparer.sequence(source, options, arrived_at_s=now_s, expires_at_s=math.inf, on_outcome=line.end)
+                line.sequence = preparer.sequence(
+                    source,
+                    options,
+                    direction=direction,
+                    place=number - 1,
+                    arrived_at_s=now_s,
+                    expires_at_s=math.inf,
+                    on_outcome=line.end,
+                )
                 engine.submit([line.sequence])
             else:
                 line.ended.set()
             tokens += len(source)
             on_the_way.append(line)
         while on_the_way:
-            yield on_the_way.popleft().translation(preparer)
+            yield on_the_way.popleft().translation(preparer, options)
     finally:
         left = [line.sequence for line in on_the_way if line.sequence is not None and not line.ended.is_set()]
         if left:
@@ -114,10 +129,10 @@ class _Line:
         self.outcome = outcome
         self.ended.set()
 
-    def translation(self, preparer: TextPreparer) -> Translation:
+    def translation(self, preparer: TextPreparer, options: RequestOptions) -> Translation:
         self.ended.wait()
         if self.outcome is None:
-            return BLANK
+            return preparer.blank(options)
         if self.outcome.error is not None:
             raise self.outcome.error
         return preparer.translation(len(self.source), self.outcome)

@@ -32,11 +32,13 @@ DECODER_NAME = "decoder.onnx"
 # Moves rows of the caches on a device; in a bundle of fp16 only, since the others run on a CPU.
 CACHE_ROWS_NAME = "cache_rows.onnx"
 # Raised when a reader of the old revision would misread the new one.
-FORMAT_REVISION = 2
+FORMAT_REVISION = 3
 
-_SUPPORTED_REVISIONS = (2,)
+_SUPPORTED_REVISIONS = (3,)
 
 Precision = Literal["fp32", "int8", "fp16"]
+# Real source sentences that came with the checkpoint, or ids drawn from its vocabulary.
+SampleSource = Literal["sentences", "random_ids"]
 Count = Annotated[int, Field(gt=0)]
 TokenId = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -90,6 +92,17 @@ class LanguagePair(_Record):
     target: Text
 
 
+class LanguageTokens(_Record):
+    """How a model of many languages is told which: by tokens, never by text."""
+
+    # Language code, as the model's makers spell it -> its token.
+    tokens: dict[Text, TokenId]
+    # The language whose token a source starts with.
+    before_source: Literal["source", "target"] | None
+    # Whether a target starts with its language's token.
+    before_target: bool
+
+
 class TokenizerSpec(_Record):
     """SentencePiece models whose own numbers are the token ids; both names may be one file."""
 
@@ -111,6 +124,9 @@ class MarianTokenizerSpec(_Record):
     target_model: Text
     source_vocabulary: Text
     target_vocabulary: Text
+    # Tokens of either vocabulary that are no text, beside ``<s>``, ``</s>``, ``<pad>``, ``<unk>`` and languages like ``>>deu<<``:
+    # no text makes them, and they have none themselves.
+    special_tokens: list[Text] = []
 
     @property
     def file_names(self) -> list[str]:
@@ -118,12 +134,83 @@ class MarianTokenizerSpec(_Record):
         return list(dict.fromkeys((self.source_model, self.target_model, self.source_vocabulary, self.target_vocabulary)))
 
 
-# Which files cut text into tokens, and how; another kind is another class here and another tokenizer in ``tokenizer.py``.
-AnyTokenizerSpec = Annotated[TokenizerSpec | MarianTokenizerSpec, Field(discriminator="kind")]
+class TokensTokenizerSpec(_Record):
+    """Text that comes as tokens, with spaces between them, and vocabularies (JSON: token -> token id); names may be one file."""
+
+    kind: Literal["tokens"]
+    source_vocabulary: Text
+    target_vocabulary: Text
+    # What a token that the source vocabulary lacks becomes.
+    unknown_id: TokenId
+    # Tokens of either vocabulary that are no text: no text makes them, and they have none themselves.
+    special_tokens: list[Text]
+
+    @property
+    def file_names(self) -> list[str]:
+        """Its files, each once."""
+        return list(dict.fromkeys((self.source_vocabulary, self.target_vocabulary)))
+
+
+class HuggingFaceTokenizerSpec(_Record):
+    """A ``tokenizer.json``, as Hugging Face's tokenizers library reads it, for both sides."""
+
+    kind: Literal["hugging_face"]
+    tokenizer: Text
+    # Tokens that are no text, beside those that the file itself calls special.
+    special_tokens: list[Text] = []
+
+    @property
+    def file_names(self) -> list[str]:
+        """Its file."""
+        return [self.tokenizer]
+
+
+class MosesSpec(_Record):
+    """How Moses' scripts cut a source into words, and put the words of a target together. Letters keep their case."""
+
+    # As Moses calls them, for example "en"; they tell abbreviations and quotation marks.
+    source_language: Text
+    target_language: Text
+    # Whether quotation marks, dashes and the like become plain ones first, and characters that do not print are dropped.
+    normalize_punctuation: bool
+    # Whether a dash between letters becomes a word, ``@-@``.
+    aggressive_dash_splits: bool
+    # Whether ``& | < > ' " [ ]`` become XML entities.
+    escape: bool
+
+
+class SubwordNmtTokenizerSpec(_Record):
+    """Codes of byte-pair encoding (subword-nmt's or fastBPE's) and vocabularies (JSON: piece -> token id); names may be one file.
+
+    A piece that the next one continues ends in ``@@``.
+    """
+
+    kind: Literal["subword_nmt"]
+    source_codes: Text
+    source_vocabulary: Text
+    target_vocabulary: Text
+    # What a piece that the source vocabulary lacks becomes.
+    unknown_id: TokenId
+    # Tokens of either vocabulary that are no text: no text makes them, and they have none themselves.
+    special_tokens: list[Text]
+    # None: words are what has spaces between.
+    moses: MosesSpec | None
+
+    @property
+    def file_names(self) -> list[str]:
+        """Its files, each once."""
+        return list(dict.fromkeys((self.source_codes, self.source_vocabulary, self.target_vocabulary)))
+
+
+# Which files cut text into tokens, and how; another kind is another class here and another module in ``tokenizers/``.
+AnyTokenizerSpec = Annotated[
+    TokenizerSpec | MarianTokenizerSpec | TokensTokenizerSpec | HuggingFaceTokenizerSpec | SubwordNmtTokenizerSpec,
+    Field(discriminator="kind"),
+]
 
 
 class Comparison(_Record):
-    """How far one way of running the model is from another, measured on real sentences."""
+    """How far one way of running the model is from another, measured on the certificate's samples."""
 
     # What it was compared with, for a person.
     reference: Text
@@ -135,8 +222,10 @@ class Comparison(_Record):
 
 
 class Certificate(_Record):
-    """The parity certificate, measured at export."""
+    """The parity certificate, measured at export on sources that no scale of int8 was measured on."""
 
+    # None: made before this was stated, and before scales had sources of their own.
+    sample_source: SampleSource | None = None
     sentences: Count
     decoded_tokens: Count
     # "cached_pytorch" and "onnx_fp32" always; "onnx_int8" or "onnx_fp16" where such graphs were made.
@@ -170,7 +259,12 @@ class ManifestDraft(_Record):
     architecture: Architecture
     ids: SpecialIds
     limits: ModelLimits
+    # The pairs that it translates; of a model that is told by tokens, none, and any of these codes into any other.
     languages: list[LanguagePair]
+    language_tokens: LanguageTokens | None = None
+    # What every source starts with, and every target after the start token.
+    source_prefix: list[TokenId] = []
+    target_prefix: list[TokenId] = []
     tokenizer: AnyTokenizerSpec
     provenance: Provenance
     certificate: Certificate
@@ -184,7 +278,9 @@ class Manifest(ManifestDraft):
 
     def version(self) -> str:
         """Twelve hexadecimal digits that tell two bundles of one name apart: of the SHA-256 of the manifest as canonical JSON."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        # As it was written: a field that came later does not change the version of a bundle that lacks it.
+        document = self.model_dump(mode="json", exclude_unset=True)
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -336,10 +432,20 @@ def describe(manifest: Manifest) -> str:
             "files",
             *_aligned(files),
             "",
-            f"certificate, measured on {certificate.sentences} sentences, {certificate.decoded_tokens} decoded tokens",
+            f"certificate, measured on {_samples(certificate)}, {certificate.decoded_tokens} decoded tokens",
             *_aligned(comparisons),
         ]
     )
+
+
+def _samples(certificate: Certificate) -> str:
+    match certificate.sample_source:
+        case "sentences":
+            return f"{certificate.sentences} sentences"
+        case "random_ids":
+            return f"{certificate.sentences} sources of random token ids, not text"
+        case None:
+            return f"{certificate.sentences} sources (whether sentences or random token ids is not stated)"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

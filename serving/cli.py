@@ -78,10 +78,9 @@ def main() -> None:
 @click.option("--metrics-port", type=_PORT, default=_SERVER.metrics_port, help="Prometheus port; 0 lets the system choose.")
 @click.option("--threads", type=_COUNT, help="CPU threads for the model.  [default: the CPUs this process may use]")
 @click.option(
-    "--threads-per-worker",
+    "--threads-when-alone",
     type=_COUNT,
-    default=_ENGINE.threads_per_worker,
-    help="One gives the most translations a second; more answer a lone request sooner.",
+    help="CPU threads for a request while there is no other; 1 saves a second copy of the model.  [default: --threads]",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=_ENGINE.device, help="Where the model runs.")
 @click.option("--max-rows", type=_COUNT, default=_ENGINE.max_rows_per_worker, help="Hypotheses that one worker decodes together.")
@@ -99,7 +98,7 @@ def serve(
     port: int,
     metrics_port: int,
     threads: int | None,
-    threads_per_worker: int,
+    threads_when_alone: int | None,
     device: str,
     max_rows: int,
     max_waiting: int,
@@ -116,7 +115,7 @@ def serve(
     engine = _engine_config(
         device=device,
         threads=threads,
-        threads_per_worker=threads_per_worker,
+        threads_when_alone=threads_when_alone,
         max_rows_per_worker=max_rows,
         max_waiting_sequences=max_waiting,
     )
@@ -168,6 +167,7 @@ def translate(
         length_penalty=length_penalty,
         min_target_tokens=min_target_tokens,
         max_target_tokens=max_target_tokens,
+        return_scores=(num_hypotheses or 1) > 1,
     )
     languages = (source_language, target_language)
     if (server is None) == (bundle is None):
@@ -208,11 +208,13 @@ def _by_bundle(bundle: Path, options: RequestOptions, languages: tuple[str, str]
     limits = RequestLimits(max_beam_size=max(options.beam_size or 1, _LIMITS.max_beam_size))
     model = load_model(bundle, config, limits, NullObserver())
     try:
-        model.preparer.check_languages(*languages)
+        direction = model.preparer.direction(*languages)
         ahead = max(_LINES_AHEAD, 4 * sum(model.worker_rows))
         window = Window(max_sequences=min(ahead, config.max_waiting_sequences), max_source_tokens=config.max_waiting_tokens)
         lines = read_lines(sys.stdin.buffer)
-        yield from through_engine(lines, preparer=model.preparer, engine=model.engine, options=options, window=window)
+        yield from through_engine(
+            lines, preparer=model.preparer, engine=model.engine, options=options, window=window, direction=direction
+        )
     finally:
         model.engine.close()
 
@@ -224,7 +226,10 @@ def _print_translations(translations: Iterable[Translation | RemoteTranslation],
     for number, translation in enumerate(tqdm(translations, unit=" lines", file=sys.stderr, disable=hidden), start=1):
         for hypothesis in translation.hypotheses if n_best else translation.hypotheses[:1]:
             text = " ".join(hypothesis.text.splitlines())
-            out.write((f"{number}\t{hypothesis.score:.6f}\t{text}\n" if n_best else f"{text}\n").encode())
+            if n_best:
+                assert hypothesis.score is not None, "scores were asked for"
+                text = f"{number}\t{hypothesis.score:.6f}\t{text}"
+            out.write(f"{text}\n".encode())
         out.flush()
 
 
@@ -236,14 +241,17 @@ def inspect(bundle: Path) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=_DIRECTORY)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=_DIRECTORY)
 @click.option(
     "--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the weights; int8 for CPU, fp16 for CUDA."
 )
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE where it is there already.")
 def export(checkpoint: Path, bundle: Path, precision: Precision, overwrite: bool) -> None:
-    """Export the trained CHECKPOINT, a directory, to the new directory BUNDLE."""
+    """Export the trained CHECKPOINT, a directory, to the new directory BUNDLE.
+
+    What is measured, the certificate and the scales of int8, is measured on the sentences in CHECKPOINT/samples.txt, one a line.
+    """
     try:
         from export.pipeline import export_bundle
     except ModuleNotFoundError as error:

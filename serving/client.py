@@ -5,6 +5,7 @@ Knows the protocol and its error details; needs neither a bundle nor ONNX Runtim
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
@@ -22,6 +23,7 @@ from grpc_health.v1 import health_pb2
 from serving.errors import DeadlineExceededError, InvalidRequestError, RemoteError
 from serving.pb import translation_pb2 as pb
 from serving.remote_errors import call_of, error_of, server_wait_s
+from serving.request import Sampling
 
 _T = TypeVar("_T")
 
@@ -46,12 +48,34 @@ class RetryPolicy:
         return draw * min(self.max_backoff_s, self.first_backoff_s * 2.0 ** (attempts - 1))
 
 
+class DecodingOptions(TypedDict, total=False):
+    """How to decode; one that is left out, or None, takes the server's default. README tells what each means."""
+
+    # Hypotheses kept alive at each step; 1 decodes greedily.
+    beam_size: int | None
+    # Hypotheses returned for each text, best first; at most beam_size.
+    num_hypotheses: int | None
+    # score = log-probability / length^length_penalty.
+    length_penalty: float | None
+    # The end-of-sentence token is not taken before so many tokens; a hypothesis ends at so many.
+    min_target_tokens: int | None
+    max_target_tokens: int | None
+    # Whether hypotheses carry their scores; greedy decoding is faster without.
+    return_scores: bool | None
+    early_stopping: bool | None
+    patience: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    sampling: Sampling | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteHypothesis:
     """One translation of one text."""
 
     text: str
-    score: float
+    # None: ``return_scores`` did not ask for it.
+    score: float | None
     # "eos" when the model ended the sentence, "length" when it was cut at max_target_tokens.
     finish_reason: str
     target_tokens: int
@@ -189,12 +213,8 @@ class TranslationClient:
         *,
         source_language: str = "",
         target_language: str = "",
-        beam_size: int | None = None,
-        num_hypotheses: int | None = None,
-        length_penalty: float | None = None,
-        min_target_tokens: int | None = None,
-        max_target_tokens: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[RemoteTranslation]:
         """Translate texts; answers are in their order. Options left None take the server's defaults.
 
@@ -202,12 +222,8 @@ class TranslationClient:
             texts: any number up to the server's limit; they are admitted together or not at all.
             source_language: empty for whatever the model translates.
             target_language: likewise.
-            beam_size: hypotheses kept alive at each step; 1 decodes greedily.
-            num_hypotheses: returned for each text, best first; at most ``beam_size``.
-            length_penalty: score = log-probability / length^length_penalty.
-            min_target_tokens: the end-of-sentence token is not taken before so many.
-            max_target_tokens: a hypothesis ends at so many.
             timeout_s: instead of the client's.
+            options: how to decode; see ``DecodingOptions``.
 
         Raises:
             InvalidRequestError: the request is out of bounds; names the field.
@@ -221,7 +237,7 @@ class TranslationClient:
             texts=texts,
             source_language=source_language,
             target_language=target_language,
-            options=_options(beam_size, num_hypotheses, length_penalty, min_target_tokens, max_target_tokens),
+            options=_options(options),
         )
         response: pb.TranslateResponse = self._call(lambda left_s: self._translate(request, timeout=left_s), timeout_s)
         return [_translation(text) for text in response.translations]
@@ -232,10 +248,8 @@ class TranslationClient:
         *,
         source_language: str = "",
         target_language: str = "",
-        length_penalty: float | None = None,
-        min_target_tokens: int | None = None,
-        max_target_tokens: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Iterator[StreamedPiece]:
         """Translate one text greedily and yield its pieces as they are decoded; the last one carries the whole translation.
 
@@ -243,12 +257,10 @@ class TranslationClient:
 
         Args:
             text: what to translate.
-            source_language: as for ``translate``, like the other options.
+            source_language: as for ``translate``.
             target_language: likewise.
-            length_penalty: likewise.
-            min_target_tokens: likewise.
-            max_target_tokens: likewise.
             timeout_s: instead of the client's; of the whole stream.
+            options: how to decode, but for beams.
 
         Raises:
             OnnxlateError: as ``translate``.
@@ -258,7 +270,7 @@ class TranslationClient:
             text=text,
             source_language=source_language,
             target_language=target_language,
-            options=_options(None, None, length_penalty, min_target_tokens, max_target_tokens),
+            options=_options(options),
         )
 
         def first(left_s: float) -> tuple[Any, pb.TranslateStreamResponse]:
@@ -355,22 +367,12 @@ def _message(kind: type[_T], **fields: Any) -> _T:
         raise InvalidRequestError("request", str(error)) from error
 
 
-def _options(
-    beam_size: int | None,
-    num_hypotheses: int | None,
-    length_penalty: float | None,
-    min_target_tokens: int | None,
-    max_target_tokens: int | None,
-) -> pb.DecodingOptions:
+def _options(options: DecodingOptions) -> pb.DecodingOptions:
     # The protocol's fields know presence: None leaves one unset.
-    return _message(
-        pb.DecodingOptions,
-        beam_size=beam_size,
-        num_hypotheses=num_hypotheses,
-        length_penalty=length_penalty,
-        min_target_tokens=min_target_tokens,
-        max_target_tokens=max_target_tokens,
-    )
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if (sampling := options.get("sampling")) is not None:
+        given["sampling"] = _message(pb.Sampling, **dataclasses.asdict(sampling))
+    return _message(pb.DecodingOptions, **given)
 
 
 def _translation(text: pb.TranslatedText) -> RemoteTranslation:
@@ -378,7 +380,7 @@ def _translation(text: pb.TranslatedText) -> RemoteTranslation:
         hypotheses=tuple(
             RemoteHypothesis(
                 text=hypothesis.text,
-                score=hypothesis.score,
+                score=hypothesis.score if hypothesis.HasField("score") else None,
                 finish_reason=_FINISH_REASONS.get(hypothesis.finish_reason, "unknown"),
                 target_tokens=hypothesis.target_tokens,
             )

@@ -32,10 +32,11 @@ class EngineConfig:
 
     # "cpu" or "cuda".
     device: str = "cpu"
-    # CPU threads for the graphs, all workers together.
+    # Workers on the CPU, each with one thread for the graphs: that gives the most translations a second.
     threads: int = field(default_factory=available_cpus)
-    # CPU threads of each worker. One each gives the most translations a second; more answer a lone request sooner.
-    threads_per_worker: int = 1
+    # CPU threads that a worker uses while no other has anything to do, so that a lone request is answered sooner; None: as many
+    # as there are workers. More than one loads the graphs a second time, unless there is one worker only.
+    threads_when_alone: int | None = None
     # Cache rows of one worker: hypotheses that step together at most.
     max_rows_per_worker: int = 128
     # Padded source tokens of one encoder batch; a longer single source goes alone.
@@ -47,8 +48,13 @@ class EngineConfig:
 
     @property
     def num_workers(self) -> int:
-        """Workers: as many as the CPU threads allow, or one for the GPU."""
-        return max(1, self.threads // self.threads_per_worker) if self.device == "cpu" else 1
+        """Workers: one for each CPU thread, or one for the GPU."""
+        return self.threads if self.device == "cpu" else 1
+
+    @property
+    def lone_threads(self) -> int:
+        """CPU threads of a worker while no other has anything to do."""
+        return self.num_workers if self.threads_when_alone is None else self.threads_when_alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 Knows threads: each worker is one thread with its own rows, all of them run the same loaded graphs, and one lock guards the
 scheduler. Does not know text or rpc; results leave through each sequence's callbacks.
 
-With one thread for each worker's graphs, two workers give 30-40 % more tokens than one worker with two threads.
+With one thread for each worker's graphs, two workers give 30-40 % more tokens than one worker with two threads. A worker that is
+alone has the other CPUs to itself and runs the graphs on all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from serving.errors import DeadlineExceededError, EngineError, RequestCancelledE
 from serving.lane import Lane
 from serving.observer import EngineObserver, NullObserver
 from serving.request import Outcome, Sequence
-from serving.scheduler import Scheduler, encoder_batches, reason_to_leave
-from serving.session import ModelSession, open_session, pad_sources
+from serving.runtime import ModelSession, open_session, pad_sources
+from serving.scheduler import Admission, Scheduler, encoder_batches, reason_to_leave
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,13 @@ class Engine:
         self._observer = observer or NullObserver()
         self._clock = clock
         num_workers = self._config.num_workers
-        session = open_session(bundle, device=self._config.device, threads=self._config.threads_per_worker)
+        session = open_session(
+            bundle,
+            device=self._config.device,
+            # The only worker is always alone.
+            threads=self._config.lone_threads if num_workers == 1 else 1,
+            lone_threads=self._config.lone_threads,
+        )
         self._scheduler = Scheduler(self._config, num_workers)
         # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do.
         self._changed = threading.Condition()
@@ -115,7 +122,7 @@ class Engine:
 
     # What follows is for the workers.
 
-    def next_admission(self, worker: Worker) -> list[Sequence] | None:
+    def next_admission(self, worker: Worker) -> Admission | None:
         """Wait until the worker has something to do; returns what it has to encode first, or None when it has to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or worker.is_running or self._scheduler.has_work(worker.number))
@@ -126,7 +133,7 @@ class Engine:
                 self._observer.queued(self._scheduler.num_waiting)
                 self._changed.notify_all()  # others may have been handed some, or all may be idle now
         self.deliver_errors(admission.dropped)
-        return admission.admitted
+        return admission
 
     def deliver(self, worker: Worker, outcomes: AbstractSequence[tuple[Sequence, Outcome]]) -> None:
         """Free the rows of sequences that a worker is done with, then tell whoever waits for them."""
@@ -192,19 +199,19 @@ class Worker:
         return any(lane.num_rows for lane in self._lanes.values())
 
     def _run(self) -> None:
-        while (admitted := self._engine.next_admission(self)) is not None:
-            self._held.update(admitted)
+        while (admission := self._engine.next_admission(self)) is not None:
+            self._held.update(admission.admitted)
             try:
-                self._encode(admitted)
+                self._encode(admission.admitted, alone=admission.alone)
                 for lane in [lane for lane in self._lanes.values() if lane.num_rows]:
                     self._drop_dead(lane)
-                    self._step(lane)
+                    self._step(lane, alone=admission.alone)
                 self._forget_empty_lanes()
             except Exception as error:  # nobody foresaw it: what this worker holds is told, and it goes on with nothing
                 self._start_over(error)
         self._abandon(ShuttingDownError("the server is shutting down"))
 
-    def _encode(self, admitted: list[Sequence]) -> None:
+    def _encode(self, admitted: list[Sequence], *, alone: bool) -> None:
         """Encode what was admitted, in batches of alike lengths, and give each source its slot."""
         for batch in encoder_batches(admitted, self._engine.config.encoder_batch_tokens):
             started_s = self._clock()
@@ -212,7 +219,7 @@ class Worker:
                 sequence.timings.queue_s = started_s - sequence.arrived_at_s
             try:
                 source_ids, lengths = pad_sources([s.source_ids for s in batch], self._session.pad_id)
-                encoded = self._session.encode(source_ids, lengths)
+                encoded = self._session.encode(source_ids, lengths, alone=alone)
             except Exception as error:  # of whatever class: this batch is told, and the worker goes on
                 self._fail(batch, error)
                 continue
@@ -224,14 +231,14 @@ class Worker:
         if admitted:
             self._report_use()
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, lane: Lane, *, alone: bool) -> None:
         """One token for every row of a lane; what is done leaves."""
         if not lane.num_rows:
             return
         rows, fresh = lane.num_rows, lane.fresh
         started_s = self._clock()
         try:
-            finished = lane.step()
+            finished = lane.step(alone=alone)
         except Exception as error:  # of whatever class: this lane's caches are in no defined state any more
             self._discard(lane, error)
             return
@@ -257,7 +264,7 @@ class Worker:
             lane = self._lanes[key] = Lane(
                 self._session,
                 width=key[0],
-                source_capacity=key[1],
+                source_capacity=self._session.source_capacity(len(sequence.source_ids)),
                 max_rows=self._engine.config.max_rows_per_worker,
                 clock=self._clock,
             )
@@ -265,11 +272,11 @@ class Worker:
         return lane
 
     def _forget_empty_lanes(self) -> None:
-        """Keep the memory of a few empty lanes, the last ones used, and give back that of the others."""
-        if len(self._lanes) <= _EMPTY_LANES_KEPT:
-            return
+        """Keep the memory of a few empty lanes, the last ones used; give back that of the others, and of large ones."""
         empty = [key for key, lane in self._lanes.items() if not lane.num_rows]
-        forgotten = empty[: max(0, len(empty) - _EMPTY_LANES_KEPT)]
+        small = [key for key in empty if not self._lanes[key].is_large]
+        kept = set(small[-_EMPTY_LANES_KEPT:])
+        forgotten = [key for key in empty if key not in kept]
         for key in forgotten:
             del self._lanes[key]
         if forgotten:

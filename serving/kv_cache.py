@@ -77,8 +77,8 @@ class RowCache(ABC):
 class LaneCache(RowCache):
     """The caches in host memory; every change is made at once.
 
-    Memory is reserved for all slots at once and taken from the system page by page as positions are first written, so that
-    a lane costs what was used of it.
+    Memory is reserved for all slots at once, and given by the system as rows are first written. Its pages are large, so that a
+    row takes its capacity, however little of it is used.
     """
 
     def __init__(

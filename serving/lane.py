@@ -8,18 +8,19 @@ Slots 0 .. n-1 are in use. When a source leaves, the last one moves into its slo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.errors import EngineError
 from serving.kv_cache import EncodedSource
 from serving.request import Hypothesis, Outcome, Sequence
+from serving.runtime import LaneDecoder, ModelSession
 from serving.search import LaneSearch, make_lane_search
-from serving.session import LaneDecoder, ModelSession
 
 # Positions of a new lane's self-attention cache; it doubles when a target outgrows it.
 _FIRST_TARGET_CAPACITY = 16
+# An empty lane that holds more in a row gives its memory back.
+_USUAL_POSITIONS = 128
 
 
 @dataclass(slots=True)
@@ -44,12 +45,13 @@ class Lane:
         Args:
             session: whose decoder steps it.
             width: beam width of its sources.
-            source_capacity: tokens of the longest source at first; doubles when one outgrows it.
+            source_capacity: tokens of the longest source at first; grows when one outgrows it.
             max_rows: rows at most; a lane has max_rows // width slots.
             clock: monotonic seconds.
         """
         num_slots = max_rows // width
         self.width = width
+        self._session = session
         self._search: LaneSearch = make_lane_search(
             width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id
         )
@@ -64,6 +66,9 @@ class Lane:
         )
         self._clock = clock
         self._running: list[_Running] = []
+        # Those of them that have no token yet.
+        self._fresh: list[Sequence] = []
+        self._num_streaming = 0
         self._steps = 0
         self._rows_stepped = 0
 
@@ -80,7 +85,12 @@ class Lane:
     @property
     def fresh(self) -> list[Sequence]:
         """Sequences that have no token yet."""
-        return [running.sequence for running in self._running if running.steps_before == self._steps]
+        return list(self._fresh)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its caches outgrew what usual sentences take."""
+        return max(self.cache.target_capacity, self.cache.source_capacity) > _USUAL_POSITIONS
 
     def add(self, sequence: Sequence, encoded: EncodedSource) -> None:
         """Give a source the next slot: encoded is its own, of the session's ``encode``."""
@@ -89,9 +99,14 @@ class Lane:
         self.cache.write_source(slot, encoded, len(sequence.source_ids))
         self._search.add(slot, sequence.options)
         self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped))
+        self._fresh.append(sequence)
+        self._num_streaming += sequence.on_token is not None
 
-    def step(self) -> list[tuple[Sequence, Outcome]]:
+    def step(self, *, alone: bool = False) -> list[tuple[Sequence, Outcome]]:
         """Decode one token of every row; a sequence that is done leaves.
+
+        Args:
+            alone: whether the CPUs of other workers are idle.
 
         Returns:
             The sequences that are done, and what came of them.
@@ -100,15 +115,25 @@ class Lane:
             EngineError: the runtime failed; the lane cannot be used any more.
         """
         num_sources = len(self._running)
-        self._make_room(int(self._search.num_tokens[:num_sources].max()) + 1)
-        candidate_ids, candidate_log_probs = self._decoder.step(num_sources)
-        advance = self._search.advance(num_sources, candidate_ids, candidate_log_probs)
+        longest = int(self._search.num_tokens[:num_sources, 0].max()) + 1
+        self._make_room(longest)
+        stepped = self._decoder.step(
+            num_sources,
+            longest,
+            log_probs_wanted=self._search.needs_log_probs(num_sources),
+            logits_wanted=self._search.needs_logits(num_sources),
+            alone=alone,
+        )
+        advance = self._search.advance(num_sources, stepped.candidate_ids, stepped.candidate_log_probs, stepped.logits)
         self.cache.copy_rows(advance.forks)
         self._steps += 1
         self._rows_stepped += num_sources * self.width
-        for slot, running in enumerate(self._running):
-            if running.sequence.on_token is not None:
-                running.sequence.on_token(self._search.last_token(slot))
+        self._fresh.clear()
+        if self._num_streaming:
+            for slot, running in enumerate(self._running):
+                sequence, decoded = running.sequence, self._steps - running.steps_before
+                if sequence.on_token is not None and decoded > sequence.options.hidden_prefix_tokens:
+                    sequence.on_token(self._search.last_token(slot))
         hypotheses = [self._search.hypotheses(slot) for slot in advance.finished]
         left = self._free(advance.finished)
         return [(sequence, _outcome(sequence, best)) for sequence, best in zip(left, hypotheses, strict=True)]
@@ -133,6 +158,10 @@ class Lane:
             timings.steps = self._steps - running.steps_before
             timings.mean_rows_per_step = (self._rows_stepped - running.rows_before) / max(1, timings.steps)
             left.append(running.sequence)
+            self._num_streaming -= running.sequence.on_token is not None
+            if running.steps_before == self._steps:
+                self._fresh.remove(running.sequence)
+            self._search.leave(slot)
             last = len(self._running) - 1
             if slot != last:
                 self.cache.move_source(last, slot, int(self._search.num_tokens[last].max()))
@@ -151,16 +180,13 @@ class Lane:
 
     def _make_source_room(self, length: int, num_slots_used: int) -> None:
         """Grow the cross-attention cache when a source would not fit."""
-        capacity = self.cache.source_capacity
-        while capacity < length:
-            capacity *= 2
-        if capacity > self.cache.source_capacity:
-            self.cache.grow_source(capacity, num_slots_used)
+        if length > self.cache.source_capacity:
+            self.cache.grow_source(self._session.source_capacity(length), num_slots_used)
             self._decoder.rebind()
 
 
 def _outcome(sequence: Sequence, hypotheses: tuple[Hypothesis, ...]) -> Outcome:
-    """Hypotheses as they are, unless the model's probabilities were not numbers: that is no translation."""
-    if not hypotheses or not all(math.isfinite(h.score) for h in hypotheses):
+    """Hypotheses as they are, unless there are none: that is no translation."""
+    if not hypotheses:
         return Outcome(timings=sequence.timings, error=EngineError("the model's probabilities are not finite numbers"))
     return Outcome(hypotheses=hypotheses, timings=sequence.timings)

@@ -14,7 +14,7 @@ from serving.config import EngineConfig, RequestLimits
 from serving.errors import ServerStartError
 from serving.observer import EngineObserver
 from serving.preparation import ModelDescription, TextPreparer, TranslationLimits
-from serving.tokenizer import load_tokenizer
+from serving.tokenizers import load_tokenizer
 from serving.translator import DecodingEngine
 from serving.version import package_version
 
@@ -70,6 +70,9 @@ def load_model(directory: Path, config: EngineConfig, limits: RequestLimits, obs
             tokenizer=tokenizer,
             eos_id=manifest.ids.eos,
             languages=tuple((pair.source, pair.target) for pair in manifest.languages),
+            language_tokens=manifest.language_tokens,
+            source_prefix=tuple(manifest.source_prefix),
+            target_prefix=tuple(manifest.target_prefix),
             limits=limits_of(manifest, config, limits),
         ),
         description=ModelDescription(
@@ -90,11 +93,13 @@ def limits_of(manifest: Manifest, config: EngineConfig, limits: RequestLimits) -
     the decoder graph returns at most ``max_candidates``. A beam's rows all belong to one worker.
     """
     widest = max(1, (manifest.limits.max_candidates - 1) // 2)
+    told = manifest.language_tokens
+    hidden = len(manifest.target_prefix) + (told is not None and told.before_target)
     return TranslationLimits(
         # More would never fit into the queue.
         max_texts_per_request=min(limits.max_texts_per_request, config.max_waiting_sequences),
         max_source_tokens=min(limits.max_source_tokens, manifest.limits.max_source_tokens),
-        max_target_tokens=min(limits.max_target_tokens, manifest.limits.max_target_tokens),
+        max_target_tokens=min(limits.max_target_tokens, manifest.limits.max_target_tokens - hidden),
         max_beam_size=min(limits.max_beam_size, manifest.limits.max_beam_size, widest, config.max_rows_per_worker),
         max_request_s=limits.max_request_s,
     )

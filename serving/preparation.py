@@ -6,18 +6,23 @@ Knows text, options, limits and the tokenizer; does not know the engine, threads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from serving.bundle import LanguageTokens
 from serving.errors import InvalidRequestError
-from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence, SequenceTimings
-from serving.tokenizer import Tokenizer
+from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sampling, Sequence, SequenceTimings
+from serving.tokenizers import Tokenizer
 
 _T = TypeVar("_T")
 
 # Beyond this, length alone decides. It also keeps length^length_penalty far within what a float holds.
 _MAX_LENGTH_PENALTY = 10.0
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 10.0
+_MOST_REPETITION_PENALTY = 100.0
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 100.0
+_MOST_TOP_K = 2**31 - 1
 # A text of more characters than this for each token it may have is refused before it is tokenized, because tokenizing megabytes
 # would hold up everybody else. A SentencePiece piece has at most 16 characters unless a model was trained otherwise.
 _MAX_CHARACTERS_PER_TOKEN = 64
@@ -37,6 +42,17 @@ class RequestOptions:
     min_target_tokens: int | None = None
     # A hypothesis ends at so many tokens; the default is for each text twice its source tokens and 32 more, within the limit.
     max_target_tokens: int | None = None
+    # Whether hypotheses carry their scores; default False, which makes greedy decoding faster.
+    return_scores: bool | None = None
+    # With beams: stop when ``patience`` times ``beam_size`` hypotheses have ended; default False: when none can become better.
+    early_stopping: bool | None = None
+    patience: float | None = None
+    # Above 1, tokens that the target has already become less probable; default 1.
+    repetition_penalty: float | None = None
+    # No so many tokens in a row come twice; default 0, they may.
+    no_repeat_ngram_size: int | None = None
+    # Draw tokens instead of taking the most probable ones; default None.
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +60,8 @@ class TextHypothesis:
     """One translation of one text."""
 
     text: str
-    score: float
+    # None: nobody asked for it.
+    score: float | None
     finish_reason: FinishReason
     # Tokens decoded, the end-of-sentence token included.
     target_tokens: int
@@ -83,10 +100,16 @@ class ModelDescription:
     device: str
 
 
-# A blank text has nothing to translate; its translation is certain and empty.
-BLANK = Translation(
-    hypotheses=(TextHypothesis(text="", score=0.0, finish_reason=FinishReason.EOS, target_tokens=0),), source_tokens=0
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direction:
+    """What a model is told of the languages of a request: tokens before a source and before its target."""
+
+    before_source: tuple[int, ...] = ()
+    before_target: tuple[int, ...] = ()
+
+
+# Of a model that need not be told.
+UNTOLD = Direction()
 
 
 def _default(value: _T | None, default: _T) -> _T:
@@ -99,22 +122,62 @@ def _bounded(name: str, value: int, low: int, high: int, high_is: str = "") -> i
     return value
 
 
+def _bounded_number(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN too
+        raise InvalidRequestError(f"options.{name}", f"must be from {low:g} to {high:g}, not {value:g}")
+
+
+def _some(codes: Iterable[str], most: int = 20) -> str:
+    """A few of many codes, for a person."""
+    known = sorted(codes)
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPreparer:
     """The rules of one model. Pure: the same text and options give the same ids."""
 
     tokenizer: Tokenizer
     eos_id: int
-    # (source, target) pairs.
+    # (source, target) pairs; none: any of the tokens' languages into any other, or whatever the model translates.
     languages: tuple[tuple[str, str], ...]
+    language_tokens: LanguageTokens | None = None
+    # What every source and every target starts with.
+    source_prefix: tuple[int, ...] = ()
+    target_prefix: tuple[int, ...] = ()
     limits: TranslationLimits
 
-    def check_languages(self, source_language: str, target_language: str) -> None:
-        """Refuse a pair that the model does not translate; an empty string leaves that side open.
+    def direction(self, source_language: str, target_language: str) -> Direction:
+        """What the model is told of a pair of languages.
+
+        Args:
+            source_language: empty leaves it open, where the model need not be told.
+            target_language: likewise.
 
         Raises:
-            InvalidRequestError: naming ``source_language`` or ``target_language``.
+            InvalidRequestError: naming ``source_language`` or ``target_language``: the model does not translate it, or has to be
+                told and was not.
         """
+        told = self.language_tokens
+        if told is None:
+            self._check_pair(source_language, target_language)
+            return Direction(before_source=self.source_prefix, before_target=self.target_prefix)
+        for name, code, is_needed in (
+            ("source_language", source_language, told.before_source == "source"),
+            ("target_language", target_language, told.before_target or told.before_source == "target"),
+        ):
+            if code not in told.tokens and (code or is_needed):
+                reason = f"the model does not know {code[:20]!r}" if code else "has to be set"
+                raise InvalidRequestError(name, f"{reason}; it knows {_some(told.tokens)}")
+        if self.languages:
+            self._check_pair(source_language, target_language)
+        first = {"source": source_language, "target": target_language, None: None}[told.before_source]
+        return Direction(
+            before_source=(*self.source_prefix, *(() if first is None else (told.tokens[first],))),
+            before_target=(*((told.tokens[target_language],) if told.before_target else ()), *self.target_prefix),
+        )
+
+    def _check_pair(self, source_language: str, target_language: str) -> None:
         targets = [target for source, target in self.languages if source_language in ("", source)]
         if source_language and not targets:
             known = ", ".join(sorted({source for source, _ in self.languages})) or "none that it names"
@@ -136,11 +199,31 @@ class TextPreparer:
         if not (math.isfinite(penalty) and abs(penalty) <= _MAX_LENGTH_PENALTY):
             reason = f"must be from {-_MAX_LENGTH_PENALTY:g} to {_MAX_LENGTH_PENALTY:g}, not {penalty:g}"
             raise InvalidRequestError("options.length_penalty", reason)
+        self._check_beams(options, beam_size)
+        self._check_token_rules(options)
         if options.max_target_tokens is None:
             _bounded("min_target_tokens", _default(options.min_target_tokens, 0), 0, limits.max_target_tokens)
         else:
             longest = _bounded("max_target_tokens", options.max_target_tokens, 1, limits.max_target_tokens)
             _bounded("min_target_tokens", _default(options.min_target_tokens, 0), 0, longest, " (max_target_tokens)")
+
+    def _check_beams(self, options: RequestOptions, beam_size: int) -> None:
+        _bounded_number("patience", _default(options.patience, 1.0), _LEAST_PATIENCE, _MOST_PATIENCE)
+        if options.patience is not None and not options.early_stopping:
+            raise InvalidRequestError("options.patience", "has a meaning with options.early_stopping only")
+        if options.sampling is not None and beam_size != 1:
+            raise InvalidRequestError("options.sampling", f"draws greedily: options.beam_size must be 1, not {beam_size}")
+
+    def _check_token_rules(self, options: RequestOptions) -> None:
+        penalty = _default(options.repetition_penalty, 1.0)
+        _bounded_number("repetition_penalty", penalty, 1 / _MOST_REPETITION_PENALTY, _MOST_REPETITION_PENALTY)
+        _bounded("no_repeat_ngram_size", _default(options.no_repeat_ngram_size, 0), 0, self.limits.max_target_tokens)
+        if (sampling := options.sampling) is not None:
+            _bounded("sampling.top_k", sampling.top_k, 0, _MOST_TOP_K)
+            if not 0 < sampling.top_p <= 1:
+                raise InvalidRequestError("options.sampling.top_p", f"must be above 0 and at most 1, not {sampling.top_p:g}")
+            _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
+            _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
 
     def check_greedy(self, options: RequestOptions) -> None:
         """Refuse a beam where text is sent as it is decoded: a beam commits to nothing before its end.
@@ -163,12 +246,13 @@ class TextPreparer:
         if num_texts > self.limits.max_texts_per_request:
             raise InvalidRequestError("texts", f"at most {self.limits.max_texts_per_request} in a request, not {num_texts}")
 
-    def source_ids(self, text: str, field_name: str) -> tuple[int, ...]:
+    def source_ids(self, text: str, field_name: str, direction: Direction = UNTOLD) -> tuple[int, ...]:
         """Tokens of one text with the end-of-sentence token; empty for a blank text.
 
         Args:
             text: what to translate.
             field_name: how the protocol calls it, for example ``texts[3]``.
+            direction: what the model is told of its languages.
 
         Raises:
             InvalidRequestError: the text is longer than the model reads, or not text. Nothing is cut silently.
@@ -185,25 +269,41 @@ class TextPreparer:
             raise InvalidRequestError(field_name, "holds a lone surrogate, which is not text") from error
         if not ids:
             return ()
-        if len(ids) + 1 > longest:
-            reason = f"has {len(ids) + 1} tokens with the end-of-sentence token; at most {longest} can be translated at once"
+        source = (*direction.before_source, *ids, self.eos_id)
+        if len(source) > longest:
+            reason = f"has {len(source)} tokens with the end-of-sentence token; at most {longest} can be translated at once"
             raise InvalidRequestError(field_name, reason)
-        return (*ids, self.eos_id)
+        return source
 
-    def decoding_options(self, options: RequestOptions, source_tokens: int) -> DecodingOptions:
+    def decoding_options(
+        self, options: RequestOptions, source_tokens: int, direction: Direction = UNTOLD, place: int = 0
+    ) -> DecodingOptions:
         """Checked options with their defaults filled in for a source of ``source_tokens`` tokens.
+
+        ``place`` is that of the text in its request: what is drawn for it follows from it and the seed.
 
         The default of max_target_tokens is twice the source and 32 more: far above what a translation takes, and low enough that
         a hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing.
         """
         shortest = _default(options.min_target_tokens, 0)
         rule = max(2 * source_tokens + 32, shortest + 1)
+        # The model's own prefix is no part of the answer, and of no length that a caller gives.
+        hidden = len(direction.before_target)
+        sampling = options.sampling
         return DecodingOptions(
             beam_size=_default(options.beam_size, 1),
             num_hypotheses=_default(options.num_hypotheses, 1),
             length_penalty=_default(options.length_penalty, 1.0),
-            min_target_tokens=shortest,
-            max_target_tokens=_default(options.max_target_tokens, min(rule, self.limits.max_target_tokens)),
+            min_target_tokens=shortest + hidden,
+            max_target_tokens=_default(options.max_target_tokens, min(rule, self.limits.max_target_tokens)) + hidden,
+            return_scores=_default(options.return_scores, False),
+            early_stopping=_default(options.early_stopping, False),
+            patience=_default(options.patience, 1.0),
+            repetition_penalty=_default(options.repetition_penalty, 1.0),
+            no_repeat_ngram_size=_default(options.no_repeat_ngram_size, 0),
+            sampling=None if sampling is None else replace(sampling, seed=sampling.seed + (place << 64)),
+            target_prefix=direction.before_target,
+            hidden_prefix_tokens=hidden,
         )
 
     def sequence(
@@ -211,20 +311,31 @@ class TextPreparer:
         source_ids: tuple[int, ...],
         options: RequestOptions,
         *,
+        direction: Direction = UNTOLD,
+        place: int = 0,
         arrived_at_s: float,
         expires_at_s: float,
         on_outcome: Callable[[Outcome], None],
         on_token: Callable[[int], None] | None = None,
     ) -> Sequence:
-        """One source as the engine takes it; times in monotonic seconds, callbacks as ``Sequence`` says."""
+        """One source as the engine takes it.
+
+        ``place`` is that in its request; times are monotonic seconds, callbacks as ``Sequence`` says.
+        """
         return Sequence(
             source_ids=source_ids,
-            options=self.decoding_options(options, len(source_ids)),
+            options=self.decoding_options(options, len(source_ids), direction, place),
             arrived_at_s=arrived_at_s,
             expires_at_s=expires_at_s,
             on_outcome=on_outcome,
             on_token=on_token,
         )
+
+    def blank(self, options: RequestOptions) -> Translation:
+        """A blank text has nothing to translate; its translation is certain and empty."""
+        score = 0.0 if options.return_scores else None
+        hypothesis = TextHypothesis(text="", score=score, finish_reason=FinishReason.EOS, target_tokens=0)
+        return Translation(hypotheses=(hypothesis,), source_tokens=0)
 
     def translation(self, source_tokens: int, outcome: Outcome) -> Translation:
         """The text of a successful outcome."""

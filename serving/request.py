@@ -18,6 +18,29 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Tokens are drawn, not taken for their probability."""
+
+    # Among the so many most probable; 0: among all.
+    top_k: int = 0
+    # Among the fewest most probable that together have this share, above 0 up to 1.
+    top_p: float = 1.0
+    # Below 1 the probable ones become more so, above 1 less.
+    temperature: float = 1.0
+    # The same seed draws the same, whoever else is there.
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixBias:
+    """A target that a translation is drawn towards as long as it has followed it."""
+
+    tokens: tuple[int, ...]
+    # From 0, no pull at all, up to below 1.
+    strength: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingOptions:
     """How one sequence is decoded; already checked against the limits."""
 
@@ -31,6 +54,36 @@ class DecodingOptions:
     min_target_tokens: int = 0
     # A hypothesis ends at so many tokens (the end-of-sentence token counted).
     max_target_tokens: int = 256
+    # Greedy search does without log-probabilities where nobody wants a score.
+    return_scores: bool = True
+    # What the target starts with, whatever the model thinks of it; it adds nothing to the score, and counts for the length.
+    target_prefix: tuple[int, ...] = ()
+    # So many tokens of the prefix, from its start, are the model's own (the token of a language) and no part of the answer.
+    hidden_prefix_tokens: int = 0
+    # With beams: whether a source is done when ``patience`` times beam_size hypotheses have ended (as CTranslate2 does), or only
+    # when none that runs could still become one of the best (as Hugging Face does).
+    early_stopping: bool = False
+    patience: float = 1.0
+    # Above 1, tokens that the target has already become less probable: positive logits are divided by it, others multiplied.
+    repetition_penalty: float = 1.0
+    # No so many tokens in a row come twice; 0: they may.
+    no_repeat_ngram_size: int = 0
+    # Sequences of tokens that no target has.
+    suppressed: tuple[tuple[int, ...], ...] = ()
+    prefix_bias: PrefixBias | None = None
+    # Greedy only.
+    sampling: Sampling | None = None
+
+    @property
+    def has_token_rules(self) -> bool:
+        """Whether all logits of its rows are looked at in every step."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.no_repeat_ngram_size > 0
+            or bool(self.suppressed)
+            or self.prefix_bias is not None
+            or self.sampling is not None
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +92,8 @@ class Hypothesis:
 
     # Without the start token and without the end-of-sentence token.
     target_ids: tuple[int, ...]
-    score: float
+    # None: nobody asked for it.
+    score: float | None
     finish_reason: FinishReason
     # Tokens decoded, the end-of-sentence token included.
     target_tokens: int

@@ -34,6 +34,8 @@ class Admission:
     admitted: list[Sequence] = field(default_factory=list)
     # Left the queue without being run, and why.
     dropped: list[tuple[Sequence, Exception]] = field(default_factory=list)
+    # Whether no other worker has anything to do now.
+    alone: bool = False
 
 
 class Scheduler:
@@ -114,9 +116,11 @@ class Scheduler:
 
         Admits up to its free rows and one encoder budget of tokens, so that running rows wait for no more than that.
         """
-        admission = Admission()
-        self._drop_dead(admission.dropped, now_s)
+        dropped: list[tuple[Sequence, Exception]] = []
+        self._drop_dead(dropped, now_s)
         self._assign(worker)
+        alone = not any(rows for other, rows in enumerate(self._rows) if other != worker)
+        admission = Admission(dropped=dropped, alone=alone)
         budget = self._config.encoder_batch_tokens
         mine = self._assigned[worker]
         while mine and (not admission.admitted or len(mine[0].source_ids) <= budget):
@@ -154,10 +158,10 @@ class Scheduler:
     def _assign(self, asking: int) -> None:
         """Hand the head of the queue to the worker with the most room, again and again; of equals, to the one that asks."""
         room = self._config.max_rows_per_worker
-        # With more waiting than fits, a few free rows are left free until several sources can be encoded together: one by one
+        # With more waiting than that, a few free rows are left free until several sources can be encoded together: one by one
         # costs an encoder half as much again for each.
         refill = room // _REFILL_PARTS
-        if len(self._waiting) > refill and room - refill < min(self._rows):
+        if room - refill < min(self._rows) and self._more_rows_wait_than(refill):
             return
         while self._waiting:
             worker = min(range(len(self._rows)), key=lambda w: (self._rows[w], w != asking, w))
@@ -166,6 +170,13 @@ class Scheduler:
                 return
             self._rows[worker] += rows
             self._assigned[worker].append(self._waiting.popleft())
+
+    def _more_rows_wait_than(self, rows: int) -> bool:
+        for sequence in self._waiting:
+            rows -= sequence.num_rows
+            if rows < 0:
+                return True
+        return False
 
     def _drop_dead(self, dropped: list[tuple[Sequence, Exception]], now_s: float) -> None:
         """Take out what was cancelled or has expired while it waited."""

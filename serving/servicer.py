@@ -16,7 +16,7 @@ from serving.errors import ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.pb import translation_pb2_grpc as pb_grpc
 from serving.preparation import ModelDescription, RequestOptions, TextHypothesis, Translation
-from serving.request import FinishReason
+from serving.request import FinishReason, Sampling
 from serving.translator import StreamCommand, StreamPiece, TranslateCommand, Translator
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
@@ -112,6 +112,11 @@ class TranslationServicer(pb_grpc.TranslationServicer):
                 num_hypotheses=default.num_hypotheses,
                 length_penalty=default.length_penalty,
                 min_target_tokens=default.min_target_tokens,
+                return_scores=default.return_scores,
+                early_stopping=default.early_stopping,
+                patience=default.patience,
+                repetition_penalty=default.repetition_penalty,
+                no_repeat_ngram_size=default.no_repeat_ngram_size,
             ),
         )
 
@@ -137,7 +142,22 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         length_penalty=value("length_penalty"),
         min_target_tokens=value("min_target_tokens"),
         max_target_tokens=value("max_target_tokens"),
+        return_scores=value("return_scores"),
+        early_stopping=value("early_stopping"),
+        patience=value("patience"),
+        repetition_penalty=value("repetition_penalty"),
+        no_repeat_ngram_size=value("no_repeat_ngram_size"),
+        sampling=_sampling(options.sampling) if options.HasField("sampling") else None,
     )
+
+
+def _sampling(sampling: pb.Sampling) -> Sampling:
+    default = Sampling()
+
+    def value(name: str) -> Any:
+        return getattr(sampling if sampling.HasField(name) else default, name)
+
+    return Sampling(top_k=value("top_k"), top_p=value("top_p"), temperature=value("temperature"), seed=value("seed"))
 
 
 def _translated_text(translation: Translation) -> pb.TranslatedText:

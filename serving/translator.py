@@ -15,9 +15,9 @@ from typing import Protocol
 
 from serving.errors import DeadlineExceededError
 from serving.mailbox import Mailbox
-from serving.preparation import BLANK, RequestOptions, TextPreparer, Translation
+from serving.preparation import RequestOptions, TextPreparer, Translation
 from serving.request import Outcome, Sequence
-from serving.tokenizer import StreamingDetokenizer
+from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
 _SLICE_S = 0.002
@@ -103,7 +103,7 @@ class Translator:
         """
         arrived_at_s = self._clock()
         preparer = self.preparer
-        preparer.check_languages(command.source_language, command.target_language)
+        direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_options(command.options)
         preparer.check_count(len(command.texts))
         # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
@@ -113,7 +113,7 @@ class Translator:
         turn = _Turn(self._clock)
         sources = []
         for index, text in enumerate(command.texts):
-            sources.append(preparer.source_ids(text, f"texts[{index}]"))
+            sources.append(preparer.source_ids(text, f"texts[{index}]", direction))
             await turn.over()
         self._check_time(command.deadline_s)
 
@@ -122,6 +122,8 @@ class Translator:
             index: preparer.sequence(
                 sources[index],
                 command.options,
+                direction=direction,
+                place=index,
                 arrived_at_s=arrived_at_s,
                 expires_at_s=command.deadline_s,
                 on_outcome=partial(self._deliver, answers, index),
@@ -132,7 +134,9 @@ class Translator:
 
         translations = []
         for index, source in enumerate(sources):
-            translations.append(preparer.translation(len(source), answers.outcomes[index]) if source else BLANK)
+            translations.append(
+                preparer.translation(len(source), answers.outcomes[index]) if source else preparer.blank(command.options)
+            )
             await turn.over()
         return translations
 
@@ -147,18 +151,19 @@ class Translator:
         """
         arrived_at_s = self._clock()
         preparer = self.preparer
-        preparer.check_languages(command.source_language, command.target_language)
+        direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_greedy(command.options)
-        source = preparer.source_ids(command.text, "text")
+        source = preparer.source_ids(command.text, "text", direction)
         self._check_time(command.deadline_s)
         if not source:
-            yield StreamPiece(text_delta="", translation=BLANK)
+            yield StreamPiece(text_delta="", translation=preparer.blank(command.options))
             return
 
         tokens = _Tokens()
         sequence = preparer.sequence(
             source,
             command.options,
+            direction=direction,
             arrived_at_s=arrived_at_s,
             expires_at_s=command.deadline_s,
             on_outcome=lambda outcome: self._mailbox.post(partial(tokens.end, outcome)),

@@ -27,6 +27,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence_[int]) -> str:
         return bytes(id_ - _FIRST_BYTE_ID for id_ in ids if id_ >= _FIRST_BYTE_ID).decode(errors="replace")
 
+    def certain_text(self, ids: Sequence_[int]) -> str:
+        return self.decode(ids).rstrip("\ufffd")
+
 
 class FakeClock:
     """Monotonic seconds, moved by hand."""
@@ -49,7 +52,7 @@ def shouted(sequence: Sequence) -> Outcome:
         hypotheses.append(
             Hypothesis(
                 target_ids=tuple(ids[:longest]),
-                score=-0.5 - rank,
+                score=-0.5 - rank if sequence.options.return_scores else None,
                 finish_reason=FinishReason.LENGTH if is_cut else FinishReason.EOS,
                 target_tokens=longest if is_cut else len(ids) + 1,
             )

@@ -13,6 +13,7 @@ import torch
 from export.checkpoint import write_native_checkpoint
 from export.model import ModelConfig, Transformer
 from serving.bundle import LanguagePair, TokenizerSpec
+from serving.request import Hypothesis
 
 PAD_ID, UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 TINY_VOCAB_SIZE = 64
@@ -162,3 +163,9 @@ def write_tiny_checkpoint(
         dtype=dtype,
     )
     return directory
+
+
+def score_of(hypothesis: Hypothesis) -> float:
+    """The score of a hypothesis whose sequence asked for one."""
+    assert hypothesis.score is not None
+    return hypothesis.score

@@ -24,12 +24,17 @@ def open_peer(spec: PeerSpec) -> Peer:
 
 
 def splits_of(peer: str, cores: int, device: str = "cpu") -> tuple[Split, ...]:
-    """The splits worth trying on so many CPUs; several batches at once, or all threads on one."""
+    """The splits worth trying on so many CPUs: several batches at once, all threads on one, and what onnxlate does by default."""
     if device != "cpu":
         return (Split(1, 1),)
     tried = {
-        ONNXLATE: (Split(cores, 1), Split(1, cores)),
+        ONNXLATE: (Split(cores, 1), Split(1, cores), default_split(cores)),
         CTRANSLATE2: (Split(cores, 1), Split(1, cores), *((Split(cores // 2, 2),) if cores >= 4 else ())),
         HUGGING_FACE: (Split(1, cores),),
     }
     return tuple(dict.fromkeys(tried[peer]))
+
+
+def default_split(cores: int) -> Split:
+    """What ``EngineConfig`` has onnxlate do with so many CPUs where nobody says otherwise."""
+    return Split(cores, 1, threads_when_alone=cores) if cores > 1 else Split(1, 1)

@@ -22,9 +22,12 @@ class Split:
 
     workers: int
     threads: int
+    # Threads that a worker uses while no other has anything to do; as many as ever where it is left out. onnxlate's alone.
+    threads_when_alone: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.workers} x {self.threads}"
+        alone = "" if self.threads_when_alone is None else f", {self.threads_when_alone} alone"
+        return f"{self.workers} x {self.threads}{alone}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class PeerSpec:
     device: str = "cpu"
     # Environment variables that it needs before it is loaded.
     environment: Mapping[str, str] = field(default_factory=dict)
+    # What those choose, as a report names it; empty where they choose nothing.
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

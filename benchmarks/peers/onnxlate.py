@@ -10,6 +10,7 @@ import math
 import queue
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.peers.base import Job, PeerSpec, longest_first
 from serving.bundle import read_bundle
@@ -28,9 +29,7 @@ class OnnxlatePeer:
     def __init__(self, spec: PeerSpec) -> None:
         self._spec = spec
         self._bundle = read_bundle(spec.directory)
-        self._config = EngineConfig(
-            device=spec.device, threads=spec.split.workers * spec.split.threads, threads_per_worker=spec.split.threads
-        )
+        self._config = engine_config(spec)
         self._engine = self._start()
 
     def _start(self) -> Engine:
@@ -46,10 +45,8 @@ class OnnxlatePeer:
             # Or both would be in memory at once.
             del self._engine
             gc.collect()
-            self._config = EngineConfig(
-                device=self._config.device,
-                threads=self._config.threads,
-                threads_per_worker=self._config.threads_per_worker,
+            self._config = replace(
+                self._config,
                 max_rows_per_worker=rows,
                 max_waiting_sequences=max(self._config.max_waiting_sequences, len(job.sources)),
                 max_waiting_tokens=max(self._config.max_waiting_tokens, sum(map(len, job.sources))),
@@ -63,7 +60,11 @@ class OnnxlatePeer:
             EngineError: a graph failed.
         """
         options = DecodingOptions(
-            beam_size=job.beam_size, min_target_tokens=job.min_target_tokens, max_target_tokens=job.max_target_tokens
+            beam_size=job.beam_size,
+            min_target_tokens=job.min_target_tokens,
+            max_target_tokens=job.max_target_tokens,
+            # Nobody asks the others for scores either.
+            return_scores=False,
         )
         outcomes: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
 
@@ -87,11 +88,26 @@ class OnnxlatePeer:
 
     def describe(self) -> str:
         """The settings it runs with."""
-        return f"workers={self._config.num_workers}, the batch's rows each, {self._spec.precision}"
+        config = self._config
+        alone = f", threads when alone={config.lone_threads}" if config.lone_threads > 1 else ""
+        return f"workers={config.num_workers}{alone}, the batch's rows each, {self._spec.precision}"
 
     def close(self) -> None:
         """Stop the workers."""
         self._engine.close()
+
+
+def engine_config(spec: PeerSpec) -> EngineConfig:
+    """The engine's options for a split: its workers have one thread each, and one that is alone may have several.
+
+    Raises:
+        ValueError: several workers of several threads each; the engine has none.
+    """
+    split = spec.split
+    if split.workers > 1 and split.threads > 1:
+        raise ValueError(f"onnxlate has one thread for each of several workers, not {split}")
+    alone = split.threads if split.threads_when_alone is None else split.threads_when_alone
+    return EngineConfig(device=spec.device, threads=split.workers, threads_when_alone=alone)
 
 
 def open_model(spec: PeerSpec) -> OnnxlatePeer:

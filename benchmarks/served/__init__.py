@@ -5,7 +5,7 @@ Text in, text out; real captions of mixed length. Closed loop (so many clients, 
 onnxlate alone.
 """
 
-from benchmarks.served.comparison import TITLE, run
+from benchmarks.served.comparison import METHOD, TITLE, run
 from benchmarks.served.page import plot, render
 
-__all__ = ["TITLE", "plot", "render", "run"]
+__all__ = ["METHOD", "TITLE", "plot", "render", "run"]

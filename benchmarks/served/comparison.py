@@ -6,13 +6,14 @@ import functools
 import importlib.util
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import backend, peers
+from benchmarks import backend, peers, race
 from benchmarks.experiment import Setting
 from benchmarks.models import BUNDLED, ROOT, TRAINED, BenchModel, all_models
-from benchmarks.process import PeerUnavailableError
+from benchmarks.peers.base import PeerSpec, Split
+from benchmarks.process import PeerUnavailableError, one_line
 from benchmarks.results import Section
 from benchmarks.sentences import read_captions
 from benchmarks.served.point import Bench, Corpus, Times
@@ -23,25 +24,25 @@ from benchmarks.served.servers import (
     OnnxlateServer,
     PeerOptions,
     Server,
-    ServerUnavailableError,
 )
 from benchmarks.served.shell import SHELL_MS_TO_REACH, measure_shell
 from benchmarks.served.soak import soak
-from benchmarks.served.sweep import FULL, QUICK, Contender, Sweep
+from benchmarks.served.sweep import FULL, QUICK, Contender, Effort, Sweep
+from serving.bundle import MarianTokenizerSpec, TokenizerSpec
 
 TITLE = "Served"
+METHOD = (
+    "Each point is one run of one server; percentiles are of its requests. Both servers are up, one is loaded at a time; they "
+    "take turns at every load, and who goes first alternates."
+)
 
 BEAM_SIZES = (1, 4)
 SAMPLES = ROOT / "examples" / "multi30k" / "samples.txt"
 
 # Sources that a worker decodes together, at most; rows are so many times the beam.
 _SOURCES = (32, 64, 16)
-_PEER_KNOBS = tuple(Knobs(batch=batch, wait_ms=wait_ms) for batch in (32, 16) for wait_ms in (5, 2))
-_PYTRITON = "CTranslate2 + PyTriton"
-_WHY_NO_PYTRITON = (
-    "nvidia-pytriton 0.7.0 asks for numpy 1, onnxlate for numpy 2; in an environment of its own its backend loads no model: on "
-    " CPython 3.11.7 \"'_thread.RLock' object has no attribute '_recursion_count'\", on 3.12.1 it wants a shared libpython"
-)
+# The first is what an untuned run has: a wait that costs a lone client little.
+_PEER_KNOBS = tuple(Knobs(batch=batch, wait_ms=wait_ms) for batch in (32, 16) for wait_ms in (2, 5))
 
 
 def run(setting: Setting) -> Section:
@@ -51,8 +52,10 @@ def run(setting: Setting) -> Section:
         return Section(notes=("Served is measured on the CPU alone.",))
     model = chosen_model(setting)
     corpus = read_corpus(setting.captions)
-    sweep = Sweep(Bench(model=model.name, corpus=corpus), QUICK if setting.mode == "quick" else FULL, setting.say)
-    unavailable = {_PYTRITON: _WHY_NO_PYTRITON}
+    sweep = Sweep(Bench(model=model.name, corpus=corpus), effort_of(setting), setting.say)
+    if not corpus.references:
+        sweep.notes.append("No BLEU: the captions' references, or sacrebleu, are not there.")
+    unavailable: dict[str, str] = {}
     peer: Peer | None = None
     if not setting.peers or peers.CTRANSLATE2 in setting.peers:
         try:
@@ -61,17 +64,31 @@ def run(setting: Setting) -> Section:
         except PeerUnavailableError as error:
             unavailable[MosecServer.name] = str(error)
     bundle = model.bundle("int8")
-    for beam_size in BEAM_SIZES:
+    for beam_size in setting.beam_sizes or BEAM_SIZES:
         sweep.run(beam_size, contenders(bundle, peer, setting.cores, beam_size))
     try:
         sweep.notes += on_our_own(bundle, corpus, setting)
-    except (PeerUnavailableError, ServerUnavailableError) as error:
-        unavailable["onnxlate's shell and soak"] = str(error)
+    except Exception as error:  # whatever it is, the points that were measured are worth more than a clean exit
+        unavailable["onnxlate's shell and soak"] = one_line(error)
     return Section.of(
         sweep.points,
-        notes=(f"{model.name}, int8, {len(corpus.texts)} texts; {setting.cores} workers of one thread each", *sweep.notes),
+        notes=(
+            f"{model.name}, int8, {len(corpus.texts)} texts; {setting.cores} workers of one thread each; one of onnxlate's that "
+            "is alone has all CPUs, as by default",
+            *sweep.notes,
+        ),
         unavailable=unavailable | sweep.unavailable,
         seconds=time.monotonic() - started_s,
+    )
+
+
+def effort_of(setting: Setting) -> Effort:
+    """The mode's, with the times that the setting asks for."""
+    effort = QUICK if setting.mode == "quick" else FULL
+    return replace(
+        effort,
+        closed=replace(effort.closed, duration_s=setting.closed_s or effort.closed.duration_s),
+        open=replace(effort.open, duration_s=setting.open_s or effort.open.duration_s),
     )
 
 
@@ -89,13 +106,14 @@ def chosen_model(setting: Setting) -> BenchModel:
 
 
 def read_corpus(captions: Path) -> Corpus:
-    """The captions with their references; where they are not there, the sentences that come with the project."""
+    """The captions, with their references where sacrebleu is there; without captions the sentences that come with the project."""
     try:
         found = read_captions(captions)
     except FileNotFoundError:
         lines = SAMPLES.read_text(encoding="utf-8").splitlines()
         return Corpus(texts=tuple(line for line in lines if line.strip()))
-    return Corpus(texts=found.sources, references=found.references)
+    scored = importlib.util.find_spec("sacrebleu") is not None
+    return Corpus(texts=found.sources, references=found.references if scored else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +126,29 @@ class Peer:
 
 
 def open_peer(model: BenchModel, setting: Setting) -> Peer:
-    """Convert the model and choose CTranslate2's kernels.
+    """Convert the model and choose CTranslate2's kernels, by a trial with as many workers of one thread as the server has.
 
     Raises:
-        PeerUnavailableError: a package is missing, or the model cannot be converted.
+        PeerUnavailableError: a package is missing, or the model cannot be converted or run, or has a tokenizer of another kind.
     """
     if importlib.util.find_spec("mosec") is None:
         raise PeerUnavailableError("mosec is not installed")
-    directory = model.ctranslate2("int8")
-    kernels = backend.choose(model, "int8", setting)
     bundle = model.open_bundle("int8")
     tokenizer = bundle.manifest.tokenizer
+    if not isinstance(tokenizer, TokenizerSpec | MarianTokenizerSpec):
+        raise PeerUnavailableError(f"its program takes SentencePiece models, and {model.name} has {tokenizer.kind}")
+    directory = model.ctranslate2("int8")
+    spec = PeerSpec(peer=peers.CTRANSLATE2, directory=directory, precision="int8", split=Split(setting.cores, 1))
+    with race.opened({peers.CTRANSLATE2: functools.partial(backend.variants, spec)}) as runners:
+        kernels = backend.choose(runners.lanes)
+    if not kernels.lanes:
+        raise PeerUnavailableError("; ".join(runners.unavailable.values()))
     converted = ConvertedModel(
         directory=directory.resolve(),
         source_tokenizer=bundle.path(tokenizer.source_model).resolve(),
         target_tokenizer=bundle.path(tokenizer.target_model).resolve(),
     )
-    return Peer(converted, kernels.environment, kernels.notes)
+    return Peer(converted, kernels.lanes[0].process.spec.environment, kernels.notes)
 
 
 def on_our_own(bundle: Path, corpus: Corpus, setting: Setting) -> list[str]:

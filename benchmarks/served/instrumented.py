@@ -1,8 +1,8 @@
 """``onnxlate`` with a clock around its graphs: ``python -m benchmarks.served.instrumented serve BUNDLE ...``.
 
 Adds to the metrics page the CPU time inside the graphs, and that of each kind of thread. Knows two places of the server: the
-function that runs a graph, and the one that starts the metrics page. A graph runs on the thread that calls it, so that thread's
-clock has all of it.
+function that runs a graph, and the one that starts the metrics page. With one thread a graph runs on the thread that calls it, so
+that thread's clock has all of it; it takes ``--threads-when-alone 1`` to keep it so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from benchmarks.served.processes import cpu_seconds
-from serving import cli, server, session
+from serving import cli, server
+from serving.runtime import base, device, host
 
 GRAPHS = "bench_graphs_cpu_seconds"
 THREADS = "bench_threads_cpu_seconds"
@@ -88,7 +89,8 @@ def kind_of(name: str | None) -> str:
 def main() -> None:
     """Put the clock in, then run the command."""
     clock = GraphClock()
-    replace_in(session, "_run", clock.timed)
+    for module in (base, device, host):
+        replace_in(module, "run_graph", clock.timed)
 
     def with_clock(start_page: Callable[..., Any]) -> Callable[..., Any]:
         def start_page_with_clock(port: int, host: str, registry: CollectorRegistry) -> Any:

@@ -1,7 +1,8 @@
 """The peer: CTranslate2 int8 behind mosec's dynamic batching; a program of its own, run with the Python that has both.
 
 Text in, text out, as JSON with one key, "text". Each worker is a process with one CTranslate2 thread, which takes whole batches;
-so one a core is its best split. Imports nothing of this project.
+so one a core is its best split. The targets of a batch have one limit, that of its longest source. Imports nothing of this
+project.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--wait-ms", type=int, default=5, help="Milliseconds to wait for a full batch.")
     known, _ = parser.parse_known_args()
     return known
+
+
+def longest_target(source: list[str]) -> int:
+    """Tokens at which a target is cut: onnxlate's server's own rule, by the source's tokens with the end of the sentence."""
+    return 2 * len(source) + 32
 
 
 class Translator(Worker):  # type: ignore[misc]  # Any where mosec is not installed
@@ -62,7 +68,9 @@ class Translator(Worker):  # type: ignore[misc]  # Any where mosec is not instal
 
     def _translate(self, texts: list[str]) -> list[dict[str, str]]:
         sources = [[*pieces, _END_OF_SENTENCE] for pieces in self._source.encode(texts, out_type=str)]
-        results = self._translator.translate_batch(sources, beam_size=self._beam_size)
+        results = self._translator.translate_batch(
+            sources, beam_size=self._beam_size, max_decoding_length=max(map(longest_target, sources))
+        )
         return [{"text": self._target.decode(result.hypotheses[0])} for result in results]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.sentences import bleu
+from benchmarks.sentences import bleu_scorer
 from benchmarks.served.generator import ClosedLoad, OpenLoad, Plan, generate_apart
 from benchmarks.served.ladder import RateResult
 from benchmarks.served.points import first_answers, summarize, texts_with_several_answers
@@ -91,10 +91,14 @@ class Corpus:
     references: tuple[str, ...] = ()
 
     def bleu(self, answers: Mapping[int, str]) -> float | None:
-        """Of answers by their text's index; None without references or answers."""
+        """Of answers by their text's index; None without references or answers.
+
+        Raises:
+            ImportError: there are both, and sacrebleu is not installed.
+        """
         if not self.references or not answers:
             return None
-        return bleu(list(answers.values()), [self.references[text] for text in answers])
+        return bleu_scorer()(list(answers.values()), [self.references[text] for text in answers])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +198,20 @@ def _share(before: Usage, after: Usage, answers: int) -> float | None:
     return (after.cpu_s - before.cpu_s) / answers if answers else None
 
 
+def load_name(load: ClosedLoad | OpenLoad, *, streamed: bool) -> str:
+    """A load as it is told."""
+    if isinstance(load, OpenLoad):
+        return f"{load.rate_per_s:g}/s offered"
+    return f"{load.clients} clients{', streamed' if streamed else ''}"
+
+
 def line_on(point: LoadPoint) -> str:
     """A point in one line, as it is told while the experiment runs."""
     if point.rate_per_s is None:
-        load = f"{point.clients} clients{', streamed' if point.streamed else ''}"
+        assert point.clients is not None, "neither a closed nor an open loop"
+        load = load_name(ClosedLoad(clients=point.clients), streamed=point.streamed)
     else:
-        load = f"{point.rate_per_s:g}/s offered"
+        load = load_name(OpenLoad(rate_per_s=point.rate_per_s), streamed=point.streamed)
     p50, p95 = (f"{1e3 * value:.0f} ms" if value is not None else "none" for value in (point.p50_s, point.p95_s))
     errors = f", errors {dict(point.errors)}" if point.errors else ""
     return (

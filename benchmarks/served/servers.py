@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Self
 
@@ -44,6 +45,7 @@ _LOOK_AGAIN_S = 0.05
 _PORT_TRIES = 5
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
+_Matches = SimpleQueue[re.Match[str] | None]
 
 
 class ServerUnavailableError(Exception):
@@ -173,18 +175,35 @@ class Server(ABC):
         )
         return self._process
 
-    def _read_log(self, process: subprocess.Popen[str]) -> None:
-        """Keep reading what it logs: a full pipe would stop it."""
+    def _read_log(self, process: subprocess.Popen[str], ready: re.Pattern[str] | None = None) -> _Matches:
+        """Keep reading what it logs, for a full pipe would stop it; out come its lines like ``ready``, and None at the end."""
         stream = process.stderr
         assert stream is not None
-        self._reader = Thread(target=lambda: self._log.extend(stream), daemon=True)
+        found: _Matches = SimpleQueue()
+
+        def read() -> None:
+            for line in stream:
+                self._log.append(line)
+                if ready is not None and (match := ready.match(line.strip())):
+                    found.put(match)
+            found.put(None)
+
+        self._reader = Thread(target=read, daemon=True)
         self._reader.start()
+        return found
 
     def _ended(self, process: subprocess.Popen[str]) -> ServerUnavailableError:
         if self._reader is not None:
             self._reader.join(_STOP_S)
-        last = next((line.strip() for line in reversed(self._log) if line.strip()), "it wrote nothing")
-        return ServerUnavailableError(f"{self.name} ended with status {process.wait()}: {last[:200]}")
+        return ServerUnavailableError(f"{self.name} ended with status {process.wait()}: {self._last_line()}")
+
+    def _not_ready(self) -> ServerUnavailableError:
+        return ServerUnavailableError(f"{self.name} was not ready in {_START_S:g} s: {self._last_line()}")
+
+    def _last_line(self) -> str:
+        """Of its log."""
+        written = [line.strip() for line in tuple(self._log) if line.strip()]
+        return written[-1][:200] if written else "it wrote nothing"
 
     def metrics_page(self) -> str:
         """Its Prometheus page."""
@@ -201,29 +220,34 @@ class OnnxlateServer(Server):
     # Where it says its ports.
     _READY = re.compile(r"^serving .+ on (?P<target>\S+), metrics on (?P<metrics>\S+)$")
 
-    def __init__(self, bundle: Path, knobs: Knobs, *, threads: int, module: str = "serving.cli") -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        knobs: Knobs,
+        *,
+        threads: int,
+        threads_when_alone: int | None = None,
+        module: str = "serving.cli",
+    ) -> None:
         """A server of ``bundle``; ``module`` is run as the command, and takes the command's options."""
         super().__init__(knobs)
         self._command = [
             *(sys.executable, "-m", module, "serve", str(bundle)),
             *("--host", _HOST, "--port", "0", "--metrics-port", "0"),
             *("--threads", str(threads), "--max-rows", str(knobs.batch)),
+            *(() if threads_when_alone is None else ("--threads-when-alone", str(threads_when_alone))),
         ]
 
     def start(self) -> None:
         """See ``Server.start``."""
         process = self._spawn(self._command, {})
-        assert process.stderr is not None
-        ends_at_s = time.monotonic() + _START_S
-        for line in process.stderr:
-            self._log.append(line)
-            if ready := self._READY.match(line.strip()):
-                self.target, self.metrics_url = ready["target"], f"http://{ready['metrics']}/metrics"
-                self._read_log(process)
-                return
-            if time.monotonic() > ends_at_s:
-                raise ServerUnavailableError(f"{self.name} was not ready in {_START_S:g} s")
-        raise self._ended(process)
+        try:
+            ready = self._read_log(process, self._READY).get(timeout=_START_S)
+        except Empty as error:
+            raise self._not_ready() from error
+        if ready is None:
+            raise self._ended(process)
+        self.target, self.metrics_url = ready["target"], f"http://{ready['metrics']}/metrics"
 
     def counters(self) -> Counters:
         """See ``Server.counters``."""
@@ -308,7 +332,7 @@ class PeerServer(Server):
             if answers(self.target):
                 return True
             select.select([], [], [], _LOOK_AGAIN_S)
-        raise ServerUnavailableError(f"{self.name} was not ready in {_START_S:g} s")
+        raise self._not_ready()
 
 
 class MosecServer(PeerServer):

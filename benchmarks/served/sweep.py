@@ -1,7 +1,8 @@
 """The points of the experiment, and their order: both servers take turns at every load, both are up, one is loaded.
 
 First each server's settings are tuned, by a short trial of each. Then closed loops; then a ladder of rates that both climb, and
-bisection for the highest rate that each still serves well.
+bisection for the highest rate that each still serves well. Who goes first alternates. A server that fails at a load is stopped
+and left out from there on; what it did before stays.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from benchmarks.process import one_line
 from benchmarks.served.generator import ClosedLoad, OpenLoad
 from benchmarks.served.ladder import RateSearch
-from benchmarks.served.point import Bench, LoadPoint, Times, line_on
+from benchmarks.served.point import Bench, LoadPoint, Times, line_on, load_name
 from benchmarks.served.servers import Knobs, Server, ServerUnavailableError
 
 _MOST_CLIENTS = 64
@@ -113,17 +115,20 @@ class Sweep:
     def run(self, beam_size: int, contenders: Sequence[Contender]) -> None:
         """Everything with one beam size; a server that does not start is left out."""
         with ExitStack() as stack:
-            servers = []
+            servers: list[Server] = []
             for settings, make in contenders:
                 try:
                     servers.append(stack.enter_context(make(self._tune(settings, make, beam_size))))
                 except ServerUnavailableError as error:
-                    self.unavailable[make(settings[0]).name] = str(error)
+                    self.unavailable[f"{make(settings[0]).name}, beam {beam_size}"] = str(error)
             self._closed_loops(servers, beam_size)
             self._open_loops(servers, beam_size)
 
     def _tune(self, settings: Sequence[Knobs], make: Callable[[Knobs], Server], beam_size: int) -> Knobs:
-        if self._effort.trial is None or len(settings) == 1:
+        if len(settings) == 1:
+            return settings[0]
+        if self._effort.trial is None:
+            self.notes.append(f"{make(settings[0]).name}, beam {beam_size}, runs with {settings[0]}; nothing was tuned")
             return settings[0]
         with ExitStack() as stack:
             servers = [stack.enter_context(make(knobs)) for knobs in settings]
@@ -148,19 +153,19 @@ class Sweep:
     def _trial(self, server: Server, servers: Sequence[Server], load: ClosedLoad | OpenLoad, beam_size: int) -> LoadPoint:
         assert self._effort.trial is not None
         idle = [other for other in servers if other is not server]
-        return self._bench.measure(server, load, self._effort.trial, beam_size=beam_size, idle=idle)
+        return self._measure(server, load, self._effort.trial, beam_size=beam_size, idle=idle)
 
-    def _closed_loops(self, servers: Sequence[Server], beam_size: int) -> None:
-        for clients in self._effort.clients:
-            for server in servers:
+    def _closed_loops(self, servers: list[Server], beam_size: int) -> None:
+        for number, clients in enumerate(self._effort.clients):
+            for server in in_turn(servers, number):
                 self._point(server, servers, ClosedLoad(clients=clients), beam_size)
         if beam_size != 1:
             return
         for clients in self._effort.streamed_clients:
-            for server in (one for one in servers if one.wire == "grpc"):
+            for server in [one for one in servers if one.wire == "grpc"]:
                 self._point(server, servers, ClosedLoad(clients=clients), beam_size, streamed=True)
 
-    def _open_loops(self, servers: Sequence[Server], beam_size: int) -> None:
+    def _open_loops(self, servers: list[Server], beam_size: int) -> None:
         throughputs = [p.throughput_per_s for p in self.points if p.beam_size == beam_size and not p.streamed]
         if not throughputs:
             return
@@ -171,28 +176,65 @@ class Sweep:
         }
         for server, rate_per_s in turns(searches):
             point = self._point(server, servers, OpenLoad(rate_per_s=rate_per_s), beam_size)
-            searches[server].tell(point.as_rate)
+            if point is None:
+                del searches[server]
+            else:
+                searches[server].tell(point.as_rate)
 
     def _point(
         self,
         server: Server,
-        servers: Sequence[Server],
+        servers: list[Server],
         load: ClosedLoad | OpenLoad,
         beam_size: int,
         *,
         streamed: bool = False,
-    ) -> LoadPoint:
+    ) -> LoadPoint | None:
+        """Measure a point; a server that fails is stopped and taken out of ``servers``, and there is none."""
         times = self._effort.closed if isinstance(load, ClosedLoad) else self._effort.open
         idle = [other for other in servers if other is not server]
-        point = self._bench.measure(server, load, times, beam_size=beam_size, streamed=streamed, idle=idle)
+        try:
+            point = self._measure(server, load, times, beam_size=beam_size, streamed=streamed, idle=idle)
+        except ServerUnavailableError as error:
+            reason = f"{error}; left out from there on"
+            self.unavailable[f"{server.name}, beam {beam_size}, {load_name(load, streamed=streamed)}"] = reason
+            self._say(f"{server.name}: {reason}")
+            servers.remove(server)
+            server.stop()
+            return None
         self.points.append(point)
         self._say(line_on(point))
         return point
 
+    def _measure(
+        self,
+        server: Server,
+        load: ClosedLoad | OpenLoad,
+        times: Times,
+        *,
+        beam_size: int,
+        streamed: bool = False,
+        idle: Sequence[Server],
+    ) -> LoadPoint:
+        try:
+            return self._bench.measure(server, load, times, beam_size=beam_size, streamed=streamed, idle=idle)
+        except Exception as error:  # the generator's, the metrics page's: whatever fails here has no figures
+            raise ServerUnavailableError(one_line(error)) from error
+
+
+def in_turn(servers: Sequence[Server], number: int) -> list[Server]:
+    """The order of a round: every other one goes backwards, so that nobody always comes first."""
+    return list(servers) if number % 2 == 0 else list(reversed(servers))
+
 
 def turns(searches: dict[Server, RateSearch]) -> Iterator[tuple[Server, float]]:
-    """Who is to try which rate: one after the other, until nobody has any left. Tell the search before asking for the next."""
+    """Who is to try which rate: one after the other, until nobody has any left.
+
+    Tell the search before asking for the next, or take the server out.
+    """
+    number = 0
     while any(search.next_rate() is not None for search in searches.values()):
-        for server, search in searches.items():
-            if (rate_per_s := search.next_rate()) is not None:
+        for server in in_turn(list(searches), number):
+            if (rate_per_s := searches[server].next_rate()) is not None:
                 yield server, rate_per_s
+        number += 1

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.checkpoint.base import Checkpoint, CheckpointReader, build_model
+from export.checkpoint.argos import ArgosReader
+from export.checkpoint.bart import BART, MBART, PEGASUS, FamilyReader
+from export.checkpoint.base import SAMPLES_NAME, Checkpoint, CheckpointReader, build_model
+from export.checkpoint.ctranslate2 import CTranslate2Reader
+from export.checkpoint.fairseq import FairseqReader
+from export.checkpoint.m2m100 import M2M100
 from export.checkpoint.marian import MarianReader
+from export.checkpoint.marian_npz import MarianNpzReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
+from export.checkpoint.opennmt_py import OpenNmtPyReader
 from serving.errors import CheckpointError
 
-__all__ = ["Checkpoint", "build_model", "read_checkpoint", "write_native_checkpoint"]
+__all__ = ["SAMPLES_NAME", "Checkpoint", "build_model", "read_checkpoint", "write_native_checkpoint"]
 
-_READERS: tuple[CheckpointReader, ...] = (NativeReader(), MarianReader())
+_READERS: tuple[CheckpointReader, ...] = (
+    NativeReader(),
+    MarianReader(),
+    ArgosReader(),
+    CTranslate2Reader(),
+    *map(FamilyReader, (M2M100, BART, MBART, PEGASUS)),
+    # These go by names of files that others may have beside their own, the last most of all.
+    MarianNpzReader(),
+    FairseqReader(),
+    OpenNmtPyReader(),
+)
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of any known format.
+
+    Args:
+        path: a file or a directory, whichever the format has.
 
     Raises:
         CheckpointError: the format is not known, or the checkpoint has faults; all of them are named.
     """
-    if not directory.is_dir():
-        raise CheckpointError(directory, ["there is no such directory"])
+    if not path.exists():
+        raise CheckpointError(path, ["there is no such file or directory"])
     for reader in _READERS:
-        if reader.recognizes(directory):
-            return reader.read(directory)
+        if reader.recognizes(path):
+            return reader.read(path)
     known = "; ".join(reader.description for reader in _READERS)
-    raise CheckpointError(directory, [f"it is of no known format. Known: {known}"])
+    raise CheckpointError(path, [f"it is of no known format. Known: {known}"])

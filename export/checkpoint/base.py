@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.model import ModelConfig, Transformer
-from serving.bundle import AnyTokenizerSpec, LanguagePair
+from serving.bundle import AnyTokenizerSpec, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 
 _TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
@@ -41,13 +41,21 @@ class Checkpoint:
     # float32, by the names above.
     tensors: dict[str, Tensor]
     languages: list[LanguagePair]
+    # Of a model that is told its languages by tokens.
+    language_tokens: LanguageTokens | None = None
+    # Ids that every source starts with.
+    source_prefix: tuple[int, ...] = ()
+    # Ids that every target starts with, after the start token.
+    target_prefix: tuple[int, ...] = ()
     tokenizer: AnyTokenizerSpec
-    # By the names that ``tokenizer`` uses.
-    tokenizer_files: dict[str, Path]
+    # By the names that ``tokenizer`` uses: where a file is, or its contents where the reader made it.
+    tokenizer_files: dict[str, Path | bytes]
     # Of the weights as they are stored.
     weights_sha256: str
-    # Real source sentences to measure the certificate on; may be empty.
+    # Real source sentences to measure scales and the certificate on; may be empty.
     sample_lines: list[str]
+    # What the reader has to tell of a checkpoint that can be read, a line each.
+    warnings: tuple[str, ...] = ()
 
 
 class CheckpointReader(Protocol):

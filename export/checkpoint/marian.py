@@ -2,15 +2,16 @@
 
 A directory with ``config.json`` (``"model_type": "marian"``), the weights, ``source.spm``, ``target.spm`` and ``vocab.json``;
 some have ``target_vocab.json``, ``tokenizer_config.json``, ``generation_config.json`` and ``samples.txt`` (real source sentences,
-one a line, for the certificate). Knows their fields and the names of Marian's tensors; does not know what a checkpoint becomes.
+one a line, to measure on). Knows their fields and the names of Marian's tensors; does not know what a checkpoint becomes.
 
 **Fields.** What ``MarianMTModel`` reads is read, with its defaults. Fields by which older versions, or the family that Marian's
 configuration came from, changed the architecture must have Marian's values. Any other field is ignored: ``MarianMTModel`` has no
-use for it. Dropout and the like are for training only.
+use for it, not even for ``extra_pos_embeddings``, where old versions wrote one more than the padding's id. Dropout and the like
+are for training only.
 
 **Languages** are ``source_lang`` and ``target_lang`` of ``tokenizer_config.json``. Where one is missing the bundle states no
-languages, and takes requests that name none. A model that is told its target language by a token (``>>deu<<``) is read like any
-other, and gets no such token.
+languages, and takes requests that name none. A model of
+several target languages has a token for each (``>>deu<<``), which goes before its sources.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from export.checkpoint.hugging_face import (
     token_text,
 )
 from export.model import Activation, ModelConfig
-from serving.bundle import LanguagePair, MarianTokenizerSpec, field_faults
+from serving.bundle import LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.errors import CheckpointError
-from serving.tokenizer import MarianTokenizer
+from serving.tokenizers.marian import MarianTokenizer
 
 SOURCE_MODEL_NAME = "source.spm"
 TARGET_MODEL_NAME = "target.spm"
@@ -54,7 +55,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "add_final_layer_norm": (False, None),
     "auto_map": (None, {}),
     "do_blenderbot_90_layernorm": (False, None),
-    "extra_pos_embeddings": (None, 0, 2),
     "force_bos_token_to_be_generated": (False, None),
     "is_decoder": (False, None),
     "is_encoder_decoder": (True, None),
@@ -190,18 +190,20 @@ class MarianReader:
         config = _read_config(directory, faults)
         settings = read_json(directory / TOKENIZER_CONFIG_NAME, faults) or {}
         spec = _tokenizer_spec(directory, settings, faults)
-        tokenizer_files = {name: directory / name for name in spec.file_names}
-        _check_tokenizer(spec, tokenizer_files, config, faults)
+        tokenizer_files: dict[str, Path | bytes] = {name: directory / name for name in spec.file_names}
+        tokenizer = _open_tokenizer(spec, tokenizer_files, config, faults)
         stored, weights_sha256, weights_name = read_weights(directory, faults)
         tensors = _tensors(config, stored, weights_name, faults) if config and stored else {}
         sample_lines = read_samples(directory, faults)
-        if faults or config is None:
+        if faults or config is None or tokenizer is None:
             raise CheckpointError(directory, faults)
+        language_tokens = _language_tokens(tokenizer.language_tokens)
         return Checkpoint(
             name=directory.resolve().name,
             config=config,
             tensors=tensors,
-            languages=_languages(settings),
+            languages=[] if language_tokens else _languages(settings),
+            language_tokens=language_tokens,
             tokenizer=spec,
             tokenizer_files=tokenizer_files,
             weights_sha256=weights_sha256,
@@ -272,21 +274,22 @@ def _tokenizer_spec(directory: Path, settings: Mapping[str, Any], faults: list[s
     )
 
 
-def _check_tokenizer(spec: MarianTokenizerSpec, files: Mapping[str, Path], config: ModelConfig | None, faults: list[str]) -> None:
-    """Whether there is such a tokenizer and it is this model's; what is wrong with it goes to ``faults``."""
-    if missing := [f"{name}: is missing" for name, path in files.items() if not path.is_file()]:
+def _open_tokenizer(
+    spec: MarianTokenizerSpec, files: Mapping[str, Path | bytes], config: ModelConfig | None, faults: list[str]
+) -> MarianTokenizer | None:
+    """The tokenizer, None when there is none; what is wrong with it, or that it is not this model's, goes to ``faults``."""
+    if missing := [f"{name}: is missing" for name, file in files.items() if isinstance(file, Path) and not file.is_file()]:
         faults += missing
-        return
+        return None
     try:
-        tokenizer = MarianTokenizer.load(
-            files[spec.source_model], files[spec.target_model], files[spec.source_vocabulary], files[spec.target_vocabulary]
-        )
+        tokenizer = MarianTokenizer.load(spec, files)
     except (OSError, ValueError) as error:
         faults.append(str(error))
-        return
+        return None
     if config is not None:
         faults += tokenizer.vocabulary_faults(config.source_vocab_size, config.target_vocab_size)
         faults += tokenizer.end_faults(config.eos_id)
+    return tokenizer
 
 
 def _tensors(config: ModelConfig, stored: Mapping[str, Tensor], file_name: str, faults: list[str]) -> dict[str, Tensor]:
@@ -312,3 +315,10 @@ def _languages(settings: Mapping[str, Any]) -> list[LanguagePair]:
     if not (isinstance(source, str) and isinstance(target, str) and source and target):
         return []
     return [LanguagePair(source=source, target=target)]
+
+
+def _language_tokens(ids: Mapping[str, int]) -> LanguageTokens | None:
+    """By ``>>deu<<`` a model is told to translate into ``deu``; one that knows a single language has no choice to make."""
+    if len(ids) < 2:
+        return None
+    return LanguageTokens(tokens={token[2:-2]: i for token, i in ids.items()}, before_source="target", before_target=False)

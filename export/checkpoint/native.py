@@ -23,7 +23,8 @@ from export.checkpoint.base import SAMPLES_NAME, Checkpoint, read_samples, share
 from export.model import ModelConfig
 from serving.bundle import AnyTokenizerSpec, LanguagePair, field_faults, name_fault, revision_fault
 from serving.errors import CheckpointError
-from serving.tokenizer import open_tokenizer
+from serving.tokenizers import open_tokenizer
+from serving.tokenizers.base import contents_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -92,7 +93,7 @@ def write_native_checkpoint(
     state_dict: Mapping[str, Tensor],
     languages: Sequence[LanguagePair],
     tokenizer: AnyTokenizerSpec,
-    tokenizer_files: Mapping[str, Path],
+    tokenizer_files: Mapping[str, Path | bytes],
     samples: Sequence[str] = (),
     dtype: torch.dtype = torch.float16,
 ) -> None:
@@ -105,7 +106,7 @@ def write_native_checkpoint(
         state_dict: of ``Transformer(config)``; shared matrices may have all their names.
         languages: what it translates from and into.
         tokenizer: which of the tokenizer's files is for which side.
-        tokenizer_files: where they are now, by the names that ``tokenizer`` uses.
+        tokenizer_files: where they are now, or their contents, by the names that ``tokenizer`` uses.
         samples: real source sentences, for the certificate.
         dtype: how weights are stored: float16 or float32.
 
@@ -127,7 +128,7 @@ def write_native_checkpoint(
     if faults:
         raise CheckpointError(directory, faults)
 
-    tokenizer_contents = {file_name: tokenizer_files[file_name].read_bytes() for file_name in tokenizer.file_names}
+    tokenizer_contents = {name: contents_of(tokenizer_files, name) for name in tokenizer.file_names}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_NAME)
     for file_name, contents in tokenizer_contents.items():
@@ -158,13 +159,13 @@ def _read_config(directory: Path) -> _NativeConfig:
         raise CheckpointError(directory, [f"{CONFIG_NAME}: {fault}" for fault in field_faults(error.errors())]) from error
 
 
-def _tokenizer_files(directory: Path, config: _NativeConfig, faults: list[str]) -> dict[str, Path]:
+def _tokenizer_files(directory: Path, config: _NativeConfig, faults: list[str]) -> dict[str, Path | bytes]:
     """The tokenizer's files by name; what is wrong with them goes to ``faults``."""
     spec = config.tokenizer
-    files = {name: directory / name for name in spec.file_names}
+    files: dict[str, Path | bytes] = {name: directory / name for name in spec.file_names}
     found = [fault for name in files if (fault := name_fault(name))]
     if not found:
-        found = [f"{name}: is missing" for name, path in files.items() if not path.is_file()]
+        found = [f"{name}: is missing" for name in files if not (directory / name).is_file()]
     if not found:
         try:
             tokenizer = open_tokenizer(spec, files)

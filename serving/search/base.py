@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, Hypothesis
+from serving.search.rules import TokenRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,16 @@ class LaneSearch(ABC):
         self._eos_id = eos_id
         self._decoder_start_id = decoder_start_id
         self._options = [DecodingOptions(beam_size=width)] * num_slots
+        self._rules: list[TokenRules | None] = [None] * num_slots
+        # Sources of the lane that ask anything of single tokens.
+        self._num_ruled = 0
         # [slots]
         self._min_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+
+    @abstractmethod
+    def needs_log_probs(self, num_slots: int) -> bool:
+        """Whether the next step of the first ``num_slots`` slots needs log-probabilities; it may get logits where not."""
 
     def add(self, slot: int, options: DecodingOptions) -> None:
         """Start a source in a slot that is free."""
@@ -79,20 +87,59 @@ class LaneSearch(ABC):
         self._options[slot] = options
         self._min_tokens[slot] = options.min_target_tokens
         self._max_tokens[slot] = options.max_target_tokens
+        self._rules[slot] = TokenRules(options, self._eos_id) if options.has_token_rules else None
+        self._num_ruled += _is_ruled(options)
 
-    @abstractmethod
-    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+    def needs_logits(self, num_slots: int) -> bool:
+        """Whether the next step of the first ``num_slots`` slots needs the logits of all tokens."""
+        return any(rules is not None for rules in self._rules[:num_slots]) if self._num_ruled else False
+
+    def advance(
+        self,
+        num_slots: int,
+        candidate_ids: NDArray[np.int64],
+        candidate_log_probs: NDArray[np.float32],
+        logits: NDArray[np.float32] | None = None,
+    ) -> Advance:
         """Take one more token in each of the slots 0 to num_slots - 1.
 
         Args:
             num_slots: slots in use.
-            candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first.
-            candidate_log_probs: [num_slots, W, K], the logarithm of their probability among all tokens that may be decoded.
+            candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first. May be written to.
+            candidate_log_probs: [num_slots, W, K], the logarithm of their probability among all tokens that may be decoded, or
+                else their logits; see ``needs_log_probs``. May be written to.
+            logits: [num_slots, W, V]; see ``needs_logits``.
         """
+        if self._num_ruled:
+            self._apply_rules(num_slots, candidate_ids, candidate_log_probs, logits)
+        return self._advance(num_slots, candidate_ids, candidate_log_probs)
+
+    @abstractmethod
+    def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+        """See ``advance``; what options ask of single tokens is in the candidates already."""
+
+    def _apply_rules(
+        self, num_slots: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32] | None
+    ) -> None:
+        """Put the candidates that each source's own rules leave in the place of the model's."""
+        for slot in range(num_slots):
+            options, rules, position = self._options[slot], self._rules[slot], int(self.num_tokens[slot, 0])
+            if position < len(options.target_prefix):
+                # One continuation, of the first row: what the other rows have is no better than anything.
+                log_probs[slot] = -np.inf
+                ids[slot, 0, 0], log_probs[slot, 0, 0] = options.target_prefix[position], 0.0
+            elif rules is not None:
+                assert logits is not None
+                for row in range(self.width):
+                    decoded = self.tokens[slot, row, :position].tolist()
+                    ids[slot, row], log_probs[slot, row] = rules.candidates(logits[slot, row], decoded, ids.shape[2])
 
     @abstractmethod
     def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
-        """What a finished slot came to: num_hypotheses of them, best first. Fewer only if no more sequences are possible."""
+        """What a finished slot came to: num_hypotheses of them, best first.
+
+        Fewer only if no more sequences are possible; none if the model's probabilities were not numbers.
+        """
 
     def last_token(self, slot: int) -> int:
         """The token that the last step took, for streaming.
@@ -102,6 +149,11 @@ class LaneSearch(ABC):
         """
         raise TypeError(f"a search of {self.width} beams commits to no token before its end")
 
+    def leave(self, slot: int) -> None:
+        """A source is over; its slot is free."""
+        self._num_ruled -= _is_ruled(self._options[slot])
+        self._rules[slot] = None
+
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
         for array in (self.next_ids, self.num_tokens, self._min_tokens, self._max_tokens):
@@ -109,9 +161,14 @@ class LaneSearch(ABC):
         length = int(self.num_tokens[from_slot, 0])
         self.tokens[to_slot, :, :length] = self.tokens[from_slot, :, :length]
         self._options[to_slot] = self._options[from_slot]
+        self._rules[to_slot] = self._rules[from_slot]
 
     def grow(self, capacity_tokens: int) -> None:
         """Make room for longer targets, as the caches do. ``tokens`` is a new array."""
         grown = np.zeros((*self.tokens.shape[:2], capacity_tokens), np.int32)
         grown[:, :, : self.tokens.shape[2]] = self.tokens
         self.tokens = grown
+
+
+def _is_ruled(options: DecodingOptions) -> bool:
+    return bool(options.target_prefix) or options.has_token_rules

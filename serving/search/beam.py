@@ -30,6 +30,7 @@ shared'[a, b] = shared[origin[a], origin[b]], where origin = [0, 0, 2, 0] is the
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +51,23 @@ class _Continuations:
     parents: NDArray[np.intp]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A hypothesis that ended."""
+
+    score: float
+    target_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    target_tokens: int
+
+
 class BeamSearch(LaneSearch):
     """Width W above 1.
 
     At each step the best 2W continuations are looked at. The best W of them that do not stop run on. Those that stop (at the
     end-of-sentence token, or all at max_target_tokens) and are among the best W are kept, the best W of the whole search. A
     source is done when W are kept and the best running hypothesis, scored at its present length, is no better than the worst
-    of them.
+    of them. With ``early_stopping`` it is done when ``patience`` times W have ended, as in CTranslate2.
 
     So every step that leaves out a continuation keeps or runs W others, and each that runs leads to one kept at least: never
     fewer than W hypotheses in the end, unless there are fewer sequences.
@@ -70,9 +81,12 @@ class BeamSearch(LaneSearch):
         # [slots, W, W], cached positions from 0 on that two rows of a slot have in common.
         self._shared: NDArray[np.int32] = np.zeros((num_slots, width, width), np.int32)
         # Best first, at most W.
-        self._kept: list[list[Hypothesis]] = [[] for _ in range(num_slots)]
-        # [slots], score of the last of W kept; -inf while there are fewer.
-        self._worst_kept: NDArray[np.float64] = np.full(num_slots, -np.inf)
+        self._kept: list[list[_Kept]] = [[] for _ in range(num_slots)]
+        # [slots], what a running hypothesis has to beat: the score of the last of W kept; -inf while there are fewer; inf where
+        # so many have ended that the search stops, whatever runs.
+        self._to_beat: NDArray[np.float64] = np.full(num_slots, -np.inf)
+        # [slots], whether a hypothesis ended as the best continuation of its step.
+        self._best_has_ended: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self._slots = np.arange(num_slots)[:, None]
         self._beams = np.arange(width)
         self._is_better_rank: NDArray[np.bool_] = self._beams < self._beams[:, None]
@@ -85,9 +99,14 @@ class BeamSearch(LaneSearch):
         # Every row reads the start token at position 0.
         self._shared[slot] = 1
         self._kept[slot] = []
-        self._worst_kept[slot] = -np.inf
+        self._to_beat[slot] = -np.inf
+        self._best_has_ended[slot] = False
 
-    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+    def needs_log_probs(self, num_slots: int) -> bool:
+        """Always: hypotheses of one source are compared by their sums."""
+        return True
+
+    def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
         """Take one more token in each of the slots 0 to num_slots - 1; see `LaneSearch.advance`."""
         # With the token that is now taken; also the number of positions that are cached by now.
         lengths = self.num_tokens[:num_slots, 0] + 1
@@ -102,12 +121,24 @@ class BeamSearch(LaneSearch):
 
     def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
         """The best of a finished slot; see `LaneSearch.hypotheses`."""
-        return tuple(self._kept[slot][: self._options[slot].num_hypotheses])
+        options = self._options[slot]
+        best = self._kept[slot][: options.num_hypotheses]
+        if not all(math.isfinite(kept.score) for kept in best):
+            return ()
+        return tuple(
+            Hypothesis(
+                target_ids=kept.target_ids[options.hidden_prefix_tokens :],
+                score=kept.score if options.return_scores else None,
+                finish_reason=kept.finish_reason,
+                target_tokens=kept.target_tokens - options.hidden_prefix_tokens,
+            )
+            for kept in best
+        )
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
         super().move(from_slot, to_slot)
-        for array in (self._scores, self._shared, self._worst_kept):
+        for array in (self._scores, self._shared, self._to_beat, self._best_has_ended):
             array[to_slot] = array[from_slot]
         self._kept[to_slot] = self._kept[from_slot]
 
@@ -138,7 +169,8 @@ class BeamSearch(LaneSearch):
             kept = self._kept[slot]
             length = int(self.num_tokens[slot, 0]) + 1
             score = float(best.scores[slot, rank]) / length ** self._options[slot].length_penalty
-            if score <= self._worst_kept[slot]:
+            options = self._options[slot]
+            if not options.early_stopping and score <= self._to_beat[slot]:
                 continue
             ids = self.tokens[slot, best.parents[slot, rank], : length - 1].tolist()
             token = int(best.ids[slot, rank])
@@ -146,19 +178,28 @@ class BeamSearch(LaneSearch):
             if token != self._eos_id:
                 reason = FinishReason.LENGTH
                 ids.append(token)
-            hypothesis = Hypothesis(target_ids=tuple(ids), score=score, finish_reason=reason, target_tokens=length)
-            bisect.insort(kept, hypothesis, key=lambda other: -other.score)
+            bisect.insort(kept, _Kept(score, tuple(ids), reason, length), key=lambda other: -other.score)
+            if options.early_stopping:
+                if options.length_penalty == 0:
+                    # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
+                    self._best_has_ended[slot] |= rank == 0
+                    is_enough = self._best_has_ended[slot] and len(kept) >= options.num_hypotheses
+                else:
+                    is_enough = len(kept) >= max(1, math.floor(w * options.patience + 0.5))
+                if is_enough:
+                    self._to_beat[slot] = np.inf
+                continue
             del kept[w:]
             if len(kept) == w:
-                self._worst_kept[slot] = kept[-1].score
+                self._to_beat[slot] = kept[-1].score
 
     def _can_improve(self, best_running: NDArray[np.float64], lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Whether a hypothesis still runs, [slots], and would be kept if it ended now."""
         can = best_running > -np.inf
         # The power is taken one by one: a vectorized one may round differently with the place in the array.
-        for slot in np.flatnonzero(self._worst_kept[: len(can)] > -np.inf).tolist():
+        for slot in np.flatnonzero(self._to_beat[: len(can)] > -np.inf).tolist():
             score = float(best_running[slot]) / int(lengths[slot]) ** self._options[slot].length_penalty
-            can[slot] = score > self._worst_kept[slot]
+            can[slot] = score > self._to_beat[slot]
         return can
 
     def _place(self, running: _Continuations, lengths: NDArray[np.int32], done: NDArray[np.bool_]) -> list[Fork]:

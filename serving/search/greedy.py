@@ -5,6 +5,8 @@ Knows one row for each source; does not know beams.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,13 +23,20 @@ class GreedySearch(LaneSearch):
         self._slots = np.arange(num_slots)
         # [slots], sum of the log-probabilities so far.
         self._scores: NDArray[np.float64] = np.zeros(num_slots)
+        # [slots], whether somebody wants that sum; where nobody does, it is one of logits.
+        self._is_scored: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
 
     def add(self, slot: int, options: DecodingOptions) -> None:
         """Start a source in a slot that is free."""
         super().add(slot, options)
         self._scores[slot] = 0.0
+        self._is_scored[slot] = options.return_scores
 
-    def advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
+    def needs_log_probs(self, num_slots: int) -> bool:
+        """Whether any source is to have a score."""
+        return bool(self._is_scored[:num_slots].any())
+
+    def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
         """Take one more token in each of the slots 0 to num_slots - 1; see `LaneSearch.advance`."""
         n = num_slots
         positions = self.num_tokens[:n, 0]
@@ -46,14 +55,18 @@ class GreedySearch(LaneSearch):
 
     def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
         """The one hypothesis of a finished slot."""
+        total = float(self._scores[slot])
+        if not math.isfinite(total):
+            return ()
         length = int(self.num_tokens[slot, 0])
         ids = self.tokens[slot, 0, :length].tolist()
         reason = FinishReason.LENGTH
         if ids[-1] == self._eos_id:
             reason = FinishReason.EOS
             ids.pop()
-        score = float(self._scores[slot]) / length ** self._options[slot].length_penalty
-        return (Hypothesis(target_ids=tuple(ids), score=score, finish_reason=reason, target_tokens=length),)
+        score = total / length ** self._options[slot].length_penalty if self._is_scored[slot] else None
+        hidden = self._options[slot].hidden_prefix_tokens
+        return (Hypothesis(target_ids=tuple(ids[hidden:]), score=score, finish_reason=reason, target_tokens=length - hidden),)
 
     def last_token(self, slot: int) -> int:
         """The token that the last step took; the end-of-sentence token too."""
@@ -63,3 +76,4 @@ class GreedySearch(LaneSearch):
         """Move a source into a slot that is free."""
         super().move(from_slot, to_slot)
         self._scores[to_slot] = self._scores[from_slot]
+        self._is_scored[to_slot] = self._is_scored[from_slot]

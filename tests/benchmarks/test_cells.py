@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ def cell(peer: str, sentences_per_s: float, **overrides: Any) -> Cell:
         "tokens_per_s": Measurement((32 * sentences_per_s,), "tokens/s"),
         "sentences_per_s": Measurement((sentences_per_s,), "sentences/s"),
         "cpu_s_per_sentence": Measurement((0.02,)),
-        "rss_bytes": 300 * 2**20,
     }
     return Cell(**{**fields, **overrides})
 
@@ -74,14 +74,37 @@ def test_the_table_has_no_ratio_where_ctranslate2_did_not_run() -> None:
     assert line.endswith("|  |  |")
 
 
-def test_bleu_stands_with_the_number_of_sentences() -> None:
-    assert "35.70 (64)" in tables([cell("onnxlate", 10.0, bleu=35.7)])
+def test_the_table_has_no_ratio_where_a_lane_of_ctranslate2_was_lost() -> None:
+    whole = [cell("onnxlate", 15.0, batch=8), cell("ctranslate2", 10.0, batch=8)]
+    damaged = [cell("onnxlate", 150.0, lost=("1 x 2",)), cell("ctranslate2", 100.0, lost=("1 x 2, MKL",))]
+    rows = [line for line in tables([*whole, *damaged]).splitlines() if "onnxlate" in line and "as it comes" not in line]
+    assert "| 1.50 |" in rows[0]
+    assert "| none: CTranslate2 lost 1 x 2, MKL |" in rows[1]
+
+
+def test_the_best_may_be_one_backend_or_the_other() -> None:
+    slow, fast = cell("ctranslate2", 10.0, kernels="oneDNN"), cell("ctranslate2", 20.0, kernels="MKL")
+    assert best_splits([slow, fast]) == [fast]
+    assert "| CTranslate2 | 2 x 1, MKL | 64 |" in tables([slow, fast])
+
+
+def test_bleu_stands_with_the_number_of_sources() -> None:
+    (line,) = [line for line in tables([cell("onnxlate", 10.0, bleu=35.7)]).splitlines() if line.endswith("| 35.70 |")]
+    assert "| 2 x 1 | 64 |" in line
 
 
 def test_a_page_shows_sections_notes_and_reasons() -> None:
     section = Section.of(CELLS, notes=["MKL was slower"], unavailable={"hugging_face": "not installed"}, seconds=12.0)
-    page = report.render(report_of(offline=section), {"offline": offline})
-    for part in ("# onnxlate benchmark", "A CPU, 2 cores used, avx2", "## Offline grid", "- MKL was slower", "Took 12 s."):
+    page = report.render(replace(report_of(offline=section), command="python -m benchmarks --quick"), {"offline": offline})
+    for part in (
+        "# onnxlate benchmark",
+        "| command | `python -m benchmarks --quick` |",
+        offline.METHOD,
+        "A CPU, 2 cores used, avx2",
+        "## Offline grid",
+        "- MKL was slower",
+        "Took 12 s.",
+    ):
         assert part in page
     assert "Could not run:\n\n- hugging_face: not installed" in page
     assert "small" in page

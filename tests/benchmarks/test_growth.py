@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import Place, Point
+from benchmarks.growth import Axis, Place, Point
+from benchmarks.peers.base import Job
+from benchmarks.race import Effort
 from benchmarks.results import Measurement, Section
+from tests.benchmarks.support import FakeProcess, answer, lane
 
 POINTS = [
     Point(axis="beam", x=1, peer="onnxlate", workers=2, value=Measurement((0.010, 0.012, 0.011))),
@@ -30,14 +34,33 @@ def test_every_axis_goes_as_far_as_it_should() -> None:
 
 def test_one_thing_is_changed_at_a_time() -> None:
     for axis, x, place in growth.places(full=True):
-        changed = {name: value for name in Place.__slots__ if (value := getattr(place, name)) != getattr(Place(), name)}
-        assert changed in ({}, {axis.replace(" ", "_").replace("beam", "beam_size"): x})
+        assert place == replace(Place(), **{axis.replace(" ", "_").replace("beam", "beam_size"): x})
 
 
 def test_a_job_forces_the_length() -> None:
     job = growth.job_for(Place(target_tokens=16, source_tokens=5, batch=3), 2, ids=range(10, 20), eos_id=0)
     assert [len(source) for source in job.sources] == [5] * 6
     assert (job.min_target_tokens, job.max_target_tokens, job.batch) == (16, 16, 3)
+
+
+def test_a_place_that_two_axes_share_is_measured_once_and_who_is_lost_there_is_told() -> None:
+    turns: list[str] = []
+    ours = lane(FakeProcess("onnxlate", [answer(4.0)] * 4, turns))
+    theirs = lane(FakeProcess("ctranslate2", [answer(9.0), "ran out of memory", *[answer(8.0)] * 2], turns))
+    steps: list[tuple[Axis, int, Place]] = [("beam", 1, Place()), ("batch", 8, Place()), ("batch", 4, Place(batch=4))]
+    once = Effort(min_seconds=0.0, min_rounds=1, max_rounds=1)
+
+    def job_at(place: Place, workers: int) -> Job:
+        return growth.job_for(place, workers, ids=range(10, 20), eos_id=0)
+
+    points, lost = growth.along_axes([ours, theirs], steps, 1, job_at, once, lambda line: None)
+    assert [(p.axis, p.x, p.peer, p.value.median) for p in points] == [
+        ("beam", 1, "onnxlate", 0.5),
+        ("batch", 8, "onnxlate", 0.5),
+        ("batch", 4, "onnxlate", 1.0),
+        ("batch", 4, "ctranslate2", 2.0),
+    ]
+    assert lost == {"ctranslate2 (1 x 1), beam 1": "ran out of memory"}
 
 
 def test_the_page_compares_where_both_ran() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from benchmarks import peers, race, sentences
 from benchmarks.machine import describe_machine, describe_packages
 from benchmarks.models import BenchModel
 from benchmarks.peers.base import Job, PeerSpec, Split
+from benchmarks.peers.onnxlate import engine_config
 from benchmarks.process import PeerProcess, PeerUnavailableError
 from export.pipeline import export_bundle
+from serving.config import EngineConfig
 from tests.support import EOS_ID, write_tiny_checkpoint
 
 
@@ -52,15 +55,69 @@ def test_a_job_that_fails_has_its_reason_and_the_next_one_is_done(spec: PeerSpec
 
 
 def test_a_model_that_is_not_there_is_a_reason(spec: PeerSpec, tmp_path: Path) -> None:
-    with race.opened({"onnxlate": lambda: [replace(spec, directory=tmp_path / "none")]}) as runners:
-        assert runners.lanes == []
-        assert "BundleError" in runners.unavailable["onnxlate"]
+    with race.opened({"onnxlate": lambda: [replace(spec, directory=tmp_path / "none"), spec]}) as runners:
+        assert [lane.process.spec for lane in runners.lanes] == [spec]
+        assert [str(lane) for lane in runners.never_started] == ["onnxlate (2 x 1)"]
+        assert "BundleError" in runners.unavailable["onnxlate (2 x 1)"]
+        (lane,) = runners.lanes
+    assert not lane.process.is_running
 
 
-def test_a_process_that_ends_is_a_reason(spec: PeerSpec) -> None:
+def test_a_library_that_is_not_installed_is_a_reason(spec: PeerSpec) -> None:
     process = PeerProcess(replace(spec, peer="none"))
     with pytest.raises(PeerUnavailableError, match=r"ModuleNotFoundError: No module named 'benchmarks\.peers\.none'"):
         process.start()
+    assert not process.is_running
+
+
+def test_a_process_that_ends_is_a_reason_and_it_can_be_started_again(spec: PeerSpec) -> None:
+    with PeerProcess(spec) as process:
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        with pytest.raises(
+            PeerUnavailableError, match=r"^its process (ended with exit status -9|has ended \(BrokenPipeError: .*)"
+        ):
+            process.translate(JOB)
+        process.close()
+        process.close()
+        process.start()
+        assert len(process.translate(JOB).targets) == 3
+    process.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("split", "workers", "alone"),
+    [
+        pytest.param(Split(2, 1), 2, 1, id="a thread each"),
+        pytest.param(Split(1, 2), 1, 2, id="all threads on one batch"),
+        pytest.param(Split(2, 1, threads_when_alone=2), 2, 2, id="the default"),
+    ],
+)
+def test_a_split_is_the_engines_threads(spec: PeerSpec, split: Split, workers: int, alone: int) -> None:
+    config = engine_config(replace(spec, split=split))
+    assert (config.num_workers, config.lone_threads) == (workers, alone)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_the_default_split_is_the_engines(spec: PeerSpec, cores: int) -> None:
+    config = engine_config(replace(spec, split=peers.default_split(cores)))
+    default = EngineConfig(threads=cores)
+    assert (config.num_workers, config.lone_threads) == (default.num_workers, default.lone_threads)
+
+
+def test_several_workers_of_several_threads_are_refused(spec: PeerSpec) -> None:
+    with pytest.raises(ValueError, match="one thread for each of several workers, not 2 x 2"):
+        engine_config(replace(spec, split=Split(2, 2)))
+
+
+def test_the_default_split_answers_as_the_others_do(spec: PeerSpec) -> None:
+    with PeerProcess(spec) as plain, PeerProcess(replace(spec, split=peers.default_split(2))) as default:
+        single = replace(JOB, batch=1, one_at_a_time=True)
+        assert default.translate(single).targets == plain.translate(single).targets
+        assert default.loaded is not None
+        assert default.loaded.description == "workers=2, threads when alone=2, the batch's rows each, fp32"
 
 
 def test_a_checkpoint_that_cannot_be_exported_is_a_reason_and_leaves_nothing(tmp_path: Path) -> None:
@@ -106,7 +163,9 @@ def test_captions_without_all_references_are_refused(tmp_path: Path) -> None:
 
 def test_bleu_is_of_the_whole_corpus() -> None:
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
-    assert sentences.bleu(["ein Hund läuft im Park"], ["ein Hund läuft im Park"]) == pytest.approx(100.0)
+    bleu = sentences.bleu_scorer()
+    assert bleu(["ein Hund läuft im Park"], ["ein Hund läuft im Park"]) == pytest.approx(100.0)
+    assert bleu(["ein Hund läuft im Park"], ["eine Katze schläft im Haus"]) < 50
 
 
 def test_a_machine_is_described_by_what_decides_speed(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -9,90 +9,61 @@ import pytest
 from benchmarks import backend, peers, race
 from benchmarks.peers import splits_of
 from benchmarks.peers.base import Answer, Job, Peer, PeerSpec, Split, count_tokens, longest_first, perform, resident_bytes
-from benchmarks.process import PeerProcess, PeerUnavailableError
-from benchmarks.race import Effort, Field, Lane
+from benchmarks.process import PeerUnavailableError
+from benchmarks.race import Effort, Lane
+from tests.benchmarks.support import FakeProcess, answer, lane
 
 JOB = Job(sources=((5, 3), (6, 7, 3)), batch=2)
 TWICE = Effort(min_seconds=0.0, min_rounds=2, max_rounds=2)
-
-
-def answer(seconds: float, *, tokens: int = 10) -> Answer:
-    return Answer(
-        targets=((5,), (6,)),
-        target_tokens=tokens,
-        seconds=seconds,
-        cpu_seconds=seconds,
-        latencies_s=(),
-        rss_bytes=1,
-        peak_rss_bytes=1,
-    )
-
-
-@dataclass(eq=False)
-class FakeProcess:
-    """Answers from a list; a text in it is the reason why it fails. Writes down whose turn it was."""
-
-    name: str
-    answers: list[Answer | str]
-    turns: list[str]
-    spec: PeerSpec = field(init=False)
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        self.spec = PeerSpec(peer=self.name, directory=Path("model"), precision="int8", split=Split(1, self.threads))
-
-    def translate(self, job: Job) -> Answer:
-        self.turns.append(self.name)
-        found = self.answers.pop(0)
-        if isinstance(found, str):
-            raise PeerUnavailableError(found)
-        return found
-
-
-def lane(process: FakeProcess) -> Lane:
-    return Lane(process.name, process.spec.split, cast(PeerProcess, process))
 
 
 def test_everyone_has_one_turn_a_round_and_the_first_does_not_count() -> None:
     turns: list[str] = []
     a = lane(FakeProcess("a", [answer(9.0), answer(1.0), answer(2.0)], turns))
     b = lane(FakeProcess("b", [answer(8.0), answer(3.0), answer(4.0)], turns))
-    found = race.race(Field([a, b]), race.same_for_all(JOB), TWICE)
+    found = race.race([a, b], race.same_for_all(JOB), TWICE)
     assert turns == ["a", "b"] * 3
-    assert {one.peer: [x.seconds for x in answers] for one, answers in found.items()} == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+    assert {one.peer: [x.seconds for x in answers] for one, answers in found.answers.items()} == {
+        "a": [1.0, 2.0],
+        "b": [3.0, 4.0],
+    }
+    assert found.lost == {}
 
 
-def test_who_fails_is_dropped_with_the_reason_and_the_others_go_on() -> None:
+def test_who_fails_is_lost_with_the_reason_its_process_is_ended_and_the_others_go_on() -> None:
     turns: list[str] = []
-    a = lane(FakeProcess("a", [answer(9.0), "ran out of memory"], turns))
+    a = lane(FakeProcess("a", [answer(9.0), answer(9.0), "ran out of memory"], turns))
     b = lane(FakeProcess("b", [answer(8.0), answer(3.0), answer(4.0)], turns))
-    runners = Field([a, b])
-    found = race.race(runners, race.same_for_all(JOB), TWICE)
-    assert list(found) == [b]
-    assert runners.unavailable == {"a (1 x 1)": "ran out of memory"}
-    assert turns == ["a", "b", "a", "b", "b"]
+    found = race.race([a, b], race.same_for_all(JOB), TWICE)
+    assert list(found.answers) == [b]
+    assert found.lost == {a: "ran out of memory"}
+    assert turns == ["a", "b", "a", "b", "a", "close a", "b"]
 
 
-def test_a_race_in_which_all_fail_finds_nothing() -> None:
-    a = lane(FakeProcess("a", ["no such model"], []))
-    runners = Field([a])
-    assert race.race(runners, race.same_for_all(JOB), TWICE) == {}
-    assert runners.lanes == []
-
-
-def test_a_lane_without_a_job_has_no_turn() -> None:
+def test_who_was_lost_is_started_again_for_the_next_race() -> None:
     turns: list[str] = []
-    a = lane(FakeProcess("a", [answer(1.0)] * 3, turns))
-    b = lane(FakeProcess("b", [], turns))
-    assert list(race.race(Field([a, b]), lambda one: JOB if one.peer == "a" else None, TWICE)) == [a]
-    assert turns == ["a", "a", "a"]
+    a = lane(FakeProcess("a", ["ran out of memory", *[answer(1.0)] * 3], turns))
+    assert race.race([a], race.same_for_all(JOB), TWICE).answers == {}
+    found = race.race([a], race.same_for_all(JOB), TWICE)
+    assert ([len(some) for some in found.answers.values()], found.lost) == ([2], {})
+    assert turns == ["a", "close a", "start a", "a", "a", "a"]
 
 
-def test_the_next_turn_waits_for_threads_that_spin() -> None:
+def test_who_cannot_be_started_again_is_lost_again() -> None:
+    a = lane(FakeProcess("a", [], [], is_running=False, starts_again=False))
+    assert race.race([a], race.same_for_all(JOB), TWICE).lost == {a: "cannot be loaded"}
+
+
+def test_a_race_of_nobody_finds_nothing() -> None:
+    assert race.race([], race.same_for_all(JOB), TWICE) == race.Race()
+
+
+@pytest.mark.parametrize("split", [Split(1, 2), Split(2, 1, threads_when_alone=2)], ids=str)
+def test_the_next_turn_waits_for_threads_that_spin(split: Split) -> None:
     turns: list[str] = []
-    a = lane(FakeProcess("a", [answer(1.0)] * 3, turns, threads=2))
+    a = lane(FakeProcess("a", [answer(1.0)] * 3, turns, split=split))
     b = lane(FakeProcess("b", [answer(1.0)] * 3, turns))
-    race.race(Field([a, b]), race.same_for_all(JOB), TWICE, sleep=lambda _: turns.append("wait"))
+    race.race([a, b], race.same_for_all(JOB), TWICE, sleep=lambda _: turns.append("wait"))
     assert turns == ["a", "wait", "b"] * 3
 
 
@@ -112,7 +83,8 @@ def test_a_peer_that_cannot_be_made_has_its_reason() -> None:
 @pytest.mark.parametrize(
     ("peer", "cores", "device", "expected"),
     [
-        pytest.param(peers.ONNXLATE, 2, "cpu", ["2 x 1", "1 x 2"], id="several batches, or all threads on one"),
+        pytest.param(peers.ONNXLATE, 2, "cpu", ["2 x 1", "1 x 2", "2 x 1, 2 alone"], id="both ways, and the default"),
+        pytest.param(peers.ONNXLATE, 1, "cpu", ["1 x 1"], id="one CPU, one way, and the default is that"),
         pytest.param(peers.CTRANSLATE2, 2, "cpu", ["2 x 1", "1 x 2"], id="both ways"),
         pytest.param(peers.CTRANSLATE2, 4, "cpu", ["4 x 1", "1 x 4", "2 x 2"], id="and between"),
         pytest.param(peers.HUGGING_FACE, 4, "cpu", ["1 x 4"], id="one batch"),
@@ -124,16 +96,53 @@ def test_splits_to_try(peer: str, cores: int, device: str, expected: list[str]) 
     assert [str(split) for split in splits_of(peer, cores, device)] == expected
 
 
-def test_the_faster_backend_is_chosen_and_both_are_told() -> None:
-    chosen = backend.fastest({"0": [answer(1.0, tokens=100)], "1": [answer(1.0, tokens=40)]}, "int8")
-    assert chosen.environment == {"CT2_USE_MKL": "0"}
-    (note,) = chosen.notes
-    assert "runs on oneDNN (CT2_USE_MKL=0)" in note
-    assert "oneDNN 100 tokens/s, MKL 40 tokens/s" in note
+def test_kernels_are_a_choice_of_ctranslate2s_on_a_cpu() -> None:
+    spec = PeerSpec(peer=peers.CTRANSLATE2, directory=Path("model"), precision="int8", split=Split(1, 2))
+    found = [(one.kernels, one.environment, one.split) for one in backend.variants(spec)]
+    assert found == [("oneDNN", {"CT2_USE_MKL": "0"}, spec.split), ("MKL", {"CT2_USE_MKL": "1"}, spec.split)]
+    for other in (replace(spec, peer=peers.ONNXLATE), replace(spec, device="cuda")):
+        assert backend.variants(other) == [other]
 
 
-def test_no_backend_is_chosen_where_none_ran() -> None:
-    assert backend.fastest({}, "int8") == backend.Backend()
+def kernel_lanes(turns: list[str], **answers: Answer | str) -> list[Lane]:
+    """A lane for each split and backend, named as in ``oneDNN_1x2``."""
+    made = []
+    for name, one in answers.items():
+        kernels, _, split = name.partition("_")
+        workers, threads = map(int, split.split("x"))
+        made.append(lane(FakeProcess(peers.CTRANSLATE2, [one] * 4, turns, split=Split(workers, threads), kernels=kernels)))
+    return made
+
+
+def test_each_split_runs_batches_with_the_backend_that_is_faster_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "_SETTLE_S", 0.0)
+    fast, slow = answer(1.0, tokens=100), answer(1.0, tokens=40)
+    theirs = kernel_lanes([], oneDNN_2x1=fast, MKL_2x1=slow, oneDNN_1x2=slow, MKL_1x2=fast)
+    ours = lane(FakeProcess(peers.ONNXLATE, [], []))
+    choice = backend.choose([ours, *theirs])
+    assert [str(one) for one in choice.lanes] == ["onnxlate (1 x 1)", "ctranslate2 (2 x 1, oneDNN)", "ctranslate2 (1 x 2, MKL)"]
+    assert choice.notes == (
+        "CTranslate2 2 x 1 runs batches on oneDNN; tried at batch 8: oneDNN 100 tokens/s, MKL 40 tokens/s",
+        "CTranslate2 1 x 2 runs batches on MKL; tried at batch 8: oneDNN 40 tokens/s, MKL 100 tokens/s",
+    )
+
+
+def test_a_backend_that_fails_is_not_chosen() -> None:
+    choice = backend.choose(kernel_lanes([], oneDNN_2x1=answer(1.0, tokens=40), MKL_2x1="no such instruction"))
+    assert [one.kernels for one in choice.lanes] == ["oneDNN"]
+    assert choice.notes == (
+        "CTranslate2 2 x 1 runs batches on oneDNN; tried at batch 8: oneDNN 40 tokens/s, MKL failed (no such instruction)",
+    )
+
+
+def test_where_no_backend_answers_none_is_left_out() -> None:
+    lanes = kernel_lanes([], oneDNN_2x1="out of memory", MKL_2x1="out of memory")
+    assert backend.choose(lanes) == backend.Choice(lanes)
+
+
+def test_there_is_nothing_to_choose_without_ctranslate2() -> None:
+    ours = lane(FakeProcess(peers.ONNXLATE, [], []))
+    assert backend.choose([ours]) == backend.Choice([ours])
 
 
 # What a peer's own process does.

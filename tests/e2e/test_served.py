@@ -71,7 +71,7 @@ def client(served: Served) -> Iterator[TranslationClient]:
         yield client
 
 
-def answers(translations: list[RemoteTranslation]) -> list[list[tuple[str, float]]]:
+def answers(translations: list[RemoteTranslation]) -> list[list[tuple[str, float | None]]]:
     return [[(h.text, h.score) for h in translation.hypotheses] for translation in translations]
 
 
@@ -105,11 +105,16 @@ def test_many_clients_with_their_own_options_get_what_each_gets_alone(client: Tr
         for beam_size, length_penalty in [(1 + number % 5, 0.5 + number % 3)]
     ]
 
-    def translate(request: tuple[str, int, float]) -> list[list[tuple[str, float]]]:
+    def translate(request: tuple[str, int, float]) -> list[list[tuple[str, float | None]]]:
         text, beam_size, length_penalty = request
         return answers(
             client.translate(
-                [text], beam_size=beam_size, num_hypotheses=beam_size, length_penalty=length_penalty, max_target_tokens=16
+                [text],
+                beam_size=beam_size,
+                num_hypotheses=beam_size,
+                length_penalty=length_penalty,
+                max_target_tokens=16,
+                return_scores=True,
             )
         )
 
@@ -121,8 +126,8 @@ def test_many_clients_with_their_own_options_get_what_each_gets_alone(client: Tr
 
 def test_a_stream_tells_the_greedy_translation(client: TranslationClient) -> None:
     for line in ENGLISH_LINES[:5]:
-        pieces = list(client.translate_stream(line, max_target_tokens=24))
-        (whole,) = client.translate([line], max_target_tokens=24)
+        pieces = list(client.translate_stream(line, max_target_tokens=24, return_scores=True))
+        (whole,) = client.translate([line], max_target_tokens=24, return_scores=True)
         assert "".join(piece.text_delta for piece in pieces) == whole.text
         last = pieces[-1].translation
         assert last is not None

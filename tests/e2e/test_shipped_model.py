@@ -41,11 +41,14 @@ def lines() -> list[str]:
     return [" ".join(rng.choices(words, k=rng.choice([1, 2, 5, 9, 12, 14, 17, 30, 80]))) + "." for _ in range(160)]
 
 
-Answers = dict[str, list[tuple[str, float]]]
+Answers = dict[str, list[tuple[str, float | None]]]
 
 
-def answer(client: TranslationClient, line: str, beam_size: int) -> list[tuple[str, float]]:
-    (translation,) = client.translate([line], beam_size=beam_size, num_hypotheses=beam_size, timeout_s=PATIENCE_S)
+def answer(client: TranslationClient, line: str, beam_size: int) -> list[tuple[str, float | None]]:
+    (translation,) = client.translate(
+        [line], beam_size=beam_size, num_hypotheses=beam_size, return_scores=True, timeout_s=PATIENCE_S
+    )
+    assert None not in [hypothesis.score for hypothesis in translation.hypotheses]
     return [(hypothesis.text, hypothesis.score) for hypothesis in translation.hypotheses]
 
 

@@ -21,7 +21,7 @@ from export.calibration import calibrated_graphs
 from export.graphs import DecoderStepGraph
 from export.model import ModelConfig
 from export.onnx_export import MAX_BEAM_SIZE, export_decoder
-from serving.session import load_graph
+from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
 
 WIDTHS = [1, 2, 3, 4, 5, 16]
@@ -74,6 +74,7 @@ def random_feeds(traced: Traced, width: int) -> Feeds:
         "longest": np.array(positions.max() + 1, np.int32),
         "source_lengths": np.array(SOURCE_LENGTHS, np.int32),
         "candidate_ranks": np.arange(3),
+        "log_probs_wanted": np.array(True),
         **{f"self_cache.{i}": cache(sources * width, TARGET_CAPACITY) for i in tensors},
         **{f"cross_cache.{i}": cache(sources, SOURCE_CAPACITY) for i in tensors},
     }
@@ -106,7 +107,10 @@ def run_module(traced: Traced, feeds: Feeds) -> NDArray[np.float32]:
     count = range(2 * traced.config.num_decoder_layers)
     with torch.no_grad():
         _, _, logits, _, _ = traced.module(
-            *(tensors[name] for name in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
+            *(
+                tensors[name]
+                for name in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")
+            ),
             [tensors[f"self_cache.{i}"] for i in count],
             [tensors[f"cross_cache.{i}"] for i in count],
         )

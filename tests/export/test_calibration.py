@@ -13,12 +13,13 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from export import verify
+from export.attention import CacheScales, RaggedCrossAttention
 from export.calibration import calibrated_graphs
-from export.graphs import CacheScaleBuffers, DecoderStepGraph, EncoderGraph, GraphDecoderLayer
+from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer
 from export.model import Transformer
 from export.onnx_export import example_step, export_decoder, export_encoder
 from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear
-from serving.session import load_graph
+from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
 
 SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3], [40, 41, 5, 6, 7, 8, 9, 10, 3]]
@@ -57,12 +58,12 @@ def caches_after(model: Transformer, reference: verify.Reference) -> tuple[Tenso
     for position, token in enumerate(reference.target_ids):
         decoder(
             torch.tensor([[token]]), torch.tensor([[position]], dtype=torch.int32), torch.tensor(position + 1, dtype=torch.int32),
-            lengths, torch.arange(1), own, list(cross),
+            lengths, torch.arange(1), torch.tensor(False), own, list(cross),
         )  # fmt: skip
     return cross[:, 0], torch.stack(own)[:, 0]
 
 
-def scales_of(buffers: CacheScaleBuffers | None) -> list[Tensor]:
+def scales_of(buffers: CacheScales | None) -> list[Tensor]:
     assert buffers is not None
     return [buffers.key, buffers.value]
 
@@ -72,7 +73,8 @@ def cache_scales(decoder: DecoderStepGraph, kind: str) -> Tensor:
     scales: list[Tensor] = []
     for layer in decoder.layers:
         assert isinstance(layer, GraphDecoderLayer)
-        scales += scales_of(layer.self_scales if kind == "self" else layer.cross_scales)
+        assert isinstance(layer.cross_attention, RaggedCrossAttention)
+        scales += scales_of((layer.self_attention if kind == "self" else layer.cross_attention).scales)
     return torch.stack(scales)[:, 0, :, 0]
 
 
@@ -123,11 +125,11 @@ def test_logits_are_near_those_of_float32(calibrated: Calibrated) -> None:
     config = calibrated.model.config
     steppers = {
         "eager": verify.module_stepper(config, calibrated.encoder, calibrated.decoder),
-        "onnx": verify.onnx_stepper(config, calibrated.encoder_onnx, calibrated.decoder_onnx),
+        "onnx": verify.onnx_stepper(config, calibrated.encoder_onnx, calibrated.decoder_onnx, name="onnx"),
     }
     spread = float(np.std(np.concatenate([reference.logits for reference in calibrated.references])))
     for stepper in steppers.values():
-        measured = verify.compare(calibrated.references, stepper, config, reference_name="r", tolerance=None)
+        measured = verify.compare(calibrated.references, stepper, config, name="int8", tolerance=None)
         assert 0 < measured.max_abs_logit_difference < 0.25 * spread
         assert measured.token_agreement > 0.9
 
@@ -157,6 +159,7 @@ def random_step(calibrated: Calibrated, *, sources: int, width: int, seed: int) 
         "longest": np.array(positions.max() + 1, np.int32),
         "source_lengths": rng.integers(1, 12, sources).astype(np.int32),
         "candidate_ranks": np.arange(3),
+        "log_probs_wanted": np.array(True),
         **{f"self_cache.{i}": rng.integers(-127, 128, (sources * width, 2, 9, 16)).astype(np.int8) for i in range(4)},
         **{f"cross_cache.{i}": rng.integers(-127, 128, (sources, 2, 12, 16)).astype(np.int8) for i in range(4)},
     }
@@ -170,7 +173,10 @@ def test_the_traced_step_equals_its_module(calibrated: Calibrated, sources: int,
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
     with torch.no_grad():
         _, _, logits, own, _ = calibrated.decoder(
-            *(tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
+            *(
+                tensors[n]
+                for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")
+            ),
             [tensors[f"self_cache.{i}"] for i in range(4)],
             [tensors[f"cross_cache.{i}"] for i in range(4)],
         )

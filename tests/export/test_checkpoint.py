@@ -86,7 +86,7 @@ def test_what_is_written_is_read(directory: Path) -> None:
     assert checkpoint.languages == [LanguagePair(source="en", target="de")]
     assert checkpoint.tokenizer == SPEC
     assert checkpoint.tokenizer_files == {TOKENIZER_NAME: directory / TOKENIZER_NAME}
-    assert checkpoint.tokenizer_files[TOKENIZER_NAME].read_bytes() == tiny_sentencepiece()
+    assert (directory / TOKENIZER_NAME).read_bytes() == tiny_sentencepiece()
     assert checkpoint.sample_lines == list(SAMPLE_LINES)
     assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
@@ -176,7 +176,7 @@ def test_other_files_are_ignored_and_links_followed(directory: Path, tmp_path: P
 
 
 def test_a_directory_that_is_missing(tmp_path: Path) -> None:
-    assert faults_of(tmp_path / "none") == ("there is no such directory",)
+    assert faults_of(tmp_path / "none") == ("there is no such file or directory",)
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"architectures": ["MarianMTModel"]}'], ids=["empty", "other", "no type"])
@@ -184,11 +184,9 @@ def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, config: str | 
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     (fault,) = faults_of(tmp_path)
-    assert fault == (
-        "it is of no known format. Known: "
-        'native (config.json with "format": "onnxlate-checkpoint", model.safetensors, tokenizer files); '
-        'Hugging Face Marian (config.json with "model_type": "marian", weights, source.spm, vocab.json)'
-    )
+    assert fault.startswith("it is of no known format. Known: ")
+    for known in ('native (config.json with "format": "onnxlate-checkpoint"', '"model_type": "marian"', "CTranslate2 (model.bin"):
+        assert known in fault
 
 
 def test_a_config_that_is_cut(directory: Path) -> None:
@@ -353,4 +351,4 @@ def test_a_tokenizer_file_may_be_in_its_place_already(directory: Path) -> None:
     write(directory, tokenizer_files={TOKENIZER_NAME: directory / TOKENIZER_NAME}, name="again")
     checkpoint: Checkpoint = read_checkpoint(directory)
     assert checkpoint.name == "again"
-    assert checkpoint.tokenizer_files[TOKENIZER_NAME].read_bytes() == tiny_sentencepiece()
+    assert (directory / TOKENIZER_NAME).read_bytes() == tiny_sentencepiece()

@@ -39,8 +39,8 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A bundle whose fp16 graphs were compared with the model, on the CPU in place of a CUDA device."""
     stepper = verify.onnx_stepper
 
-    def on_cpu(config: ModelConfig, encoder: bytes, decoder: bytes, *, device: str = "cpu") -> verify.Stepper:
-        return stepper(config, encoder, decoder)
+    def on_cpu(config: ModelConfig, encoder: bytes, decoder: bytes, *, name: str, device: str = "cpu") -> verify.Stepper:
+        return stepper(config, encoder, decoder, name=name)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "onnx_stepper", on_cpu)

@@ -13,7 +13,7 @@ from export import graphs
 from export.graphs import Candidates, DecoderStepGraph, EncoderGraph, candidate_block, max_candidates
 from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step, export_decoder, export_encoder
-from serving.session import load_graph
+from serving.runtime import load_graph
 from tests.support import tiny_config
 
 VARIATIONS = {
@@ -51,7 +51,7 @@ def decode_cached(model: Transformer, source_ids: Tensor, lengths: Tensor, targe
         positions = torch.full((batch, 1), t, dtype=torch.int32)
         longest = torch.tensor(t + 1, dtype=torch.int32)
         _, _, step_logits, cache, _ = decoder(
-            target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), cache, cross
+            target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), torch.tensor(False), cache, cross
         )
         logits.append(step_logits[:, 0, : model.config.target_vocab_size])
     return torch.stack(logits, dim=1)
@@ -85,11 +85,11 @@ def test_rows_at_different_positions_do_not_see_each_other() -> None:
         part = [c[:1] for c in cache]
         decoder(
             torch.tensor([[target[t]]]), torch.tensor([[t]], dtype=torch.int32), torch.tensor(t + 1, dtype=torch.int32),
-            lengths, torch.arange(2), part, list(cross_one),
+            lengths, torch.arange(2), torch.tensor(False), part, list(cross_one),
         )  # fmt: skip
     _, _, logits, *_ = decoder(
         torch.tensor([[30], [2]]), torch.tensor([[2], [0]], dtype=torch.int32), torch.tensor(3, dtype=torch.int32),
-        lengths.expand(2), torch.arange(2), cache, list(two),
+        lengths.expand(2), torch.arange(2), torch.tensor(False), cache, list(two),
     )  # fmt: skip
     expected = model(source_ids, lengths, torch.tensor([target]))[0]
     decodable = [i for i in range(64) if i not in (0, 2)]
@@ -98,23 +98,27 @@ def test_rows_at_different_positions_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [4, 64, 130, 1000, 8001, 54_688])
-def test_candidates_are_the_exact_top_k_of_log_softmax(vocab_size: int) -> None:
+@pytest.mark.parametrize("scores_on_request", [True, False])
+def test_candidates_are_the_exact_top_k_of_log_softmax(vocab_size: int, scores_on_request: bool) -> None:
     torch.manual_seed(vocab_size)
-    module = Candidates(vocab_size)
+    module = Candidates(vocab_size, scores_on_request=scores_on_request)
     padded = torch.full((3, 2, module.block * module.num_blocks), graphs.NEVER)
     padded[..., :vocab_size] = 3 * torch.randn(3, 2, vocab_size)
     for k in (1, 2, min(9, max_candidates(vocab_size))):
-        ids, log_probs = module(padded, k)
+        ids, log_probs = module(padded, k, torch.tensor(True))
         best = torch.log_softmax(padded[..., :vocab_size], dim=2).topk(k)
         assert torch.equal(ids, best.indices)
         torch.testing.assert_close(log_probs, best.values)
+        unwanted_ids, values = module(padded, k, torch.tensor(False))
+        assert torch.equal(unwanted_ids, ids)
+        assert torch.equal(values, padded.gather(2, ids) if scores_on_request else log_probs)
 
 
 def test_candidates_are_exact_when_the_best_share_a_block() -> None:
-    module = Candidates(8192)
+    module = Candidates(8192, scores_on_request=True)
     logits = torch.randn(1, 1, 8192)
     logits[0, 0, 100:109] = torch.arange(20.0, 29.0)
-    ids, _ = module(logits, 9)
+    ids, _ = module(logits, 9, torch.tensor(False))
     assert ids.flatten().tolist() == list(range(108, 99, -1))
 
 
@@ -137,6 +141,7 @@ def feeds_for(config: ModelConfig, *, sources: int, width: int, source: int, tar
         "longest": np.array(positions.max() + 1, np.int32),
         "source_lengths": rng.integers(1, source + 1, sources).astype(np.int32),
         "candidate_ranks": np.arange(3),
+        "log_probs_wanted": np.array(True),
         **{f"self_cache.{i}": rng.standard_normal(own, np.float32) for i in tensors},
         **{f"cross_cache.{i}": rng.standard_normal(cross, np.float32) for i in tensors},
     }
@@ -166,10 +171,10 @@ TRACED = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["ragged", "padded"])
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
 def traced(request: pytest.FixtureRequest) -> Traced:
     model = random_model(**TRACED)
-    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model, ragged=request.param).eval()
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model, device=request.param).eval()
     return Traced(model.config, encoder, export_encoder(encoder), decoder, export_decoder(decoder, model.config))
 
 
@@ -190,12 +195,12 @@ def test_the_traced_encoder_equals_its_module(traced: Traced, sources: int, leng
 def test_the_traced_step_equals_its_module(traced: Traced, sources: int, width: int, source: int, target: int) -> None:
     feeds = feeds_for(traced.config, sources=sources, width=width, source=source, target=target, seed=width)
     names = ["candidate_ids", "candidate_log_probs", "logits", *(f"self_cache_appended.{i}" for i in range(4))]
-    if traced.decoder.ragged:
+    if traced.decoder.keeps_cross_cache:
         names += [f"cross_cache_kept.{i}" for i in range(4)]
     got = load_graph(traced.decoder_onnx).run(names, feeds)
     as_tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
     ids, log_probs, logits, cache, kept = traced.decoder(
-        *(as_tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks")),
+        *(as_tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")),
         [as_tensors[f"self_cache.{i}"] for i in range(4)],
         [as_tensors[f"cross_cache.{i}"] for i in range(4)],
     )
@@ -211,6 +216,17 @@ def test_the_traced_step_equals_its_module(traced: Traced, sources: int, width: 
         # Out of place, the operator copies what a row has so far and leaves the rest; in place, the rest stays what it was.
         for row, position in enumerate(feeds["positions"].reshape(-1)):
             np.testing.assert_allclose(appended[row, :, : position + 1], expected.numpy()[row, :, : position + 1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_traced_candidates_are_the_same_whether_scores_are_wanted_or_not(traced: Traced) -> None:
+    feeds = feeds_for(traced.config, sources=3, width=2, source=9, target=6, seed=3)
+    session, names = load_graph(traced.decoder_onnx), ["candidate_ids", "candidate_log_probs", "logits"]
+    ids, log_probs, logits = session.run(names, feeds)
+    without = session.run(names, feeds | {"log_probs_wanted": np.array(False)})
+    assert np.array_equal(without[0], ids)
+    on_request = traced.decoder.candidates.scores_on_request
+    assert np.array_equal(without[1], np.take_along_axis(logits, ids, 2) if on_request else log_probs)
 
 
 def operators(graph: onnx.GraphProto) -> Iterator[str]:
@@ -229,4 +245,4 @@ def test_no_slow_or_neighbour_dependent_operator_is_in_the_graphs(traced: Traced
         assert "LayerNormalization" in found
     assert "MultiHeadAttention" in encoder
     assert "GroupQueryAttention" in decoder
-    assert ("MultiHeadAttention" in decoder) != traced.decoder.ragged
+    assert ("MultiHeadAttention" in decoder) != traced.decoder.keeps_cross_cache

@@ -15,10 +15,11 @@ from torch import Tensor
 from export.checkpoint import build_model, read_checkpoint
 from export.checkpoint.marian import tensor_names
 from export.model import ModelConfig
-from export.pipeline import export_bundle, sample_sources
-from serving.bundle import LanguagePair, MarianTokenizerSpec
+from export.pipeline import export_bundle
+from export.samples import draw_samples
+from serving.bundle import LanguagePair, LanguageTokens, MarianTokenizerSpec
 from serving.errors import CheckpointError
-from serving.tokenizer import load_tokenizer
+from serving.tokenizers import load_tokenizer
 from tests.support import SAMPLE_LINES, tiny_config, tiny_model, tiny_sentencepiece
 from tests.vocabularies import marian_vocabulary
 
@@ -153,7 +154,8 @@ def test_exported_and_its_tokenizer_loaded(directory: Path, tmp_path: Path) -> N
 
 def test_samples_are_tokenized_by_its_own_tokenizer(directory: Path) -> None:
     (directory / "samples.txt").write_text("a man")
-    pieces = [piece for piece, i in VOCABULARY.items() for j in sample_sources(read_checkpoint(directory))[0] if i == j]
+    (source,) = draw_samples(read_checkpoint(directory), calibrate=False).certify
+    pieces = [piece for piece, i in VOCABULARY.items() for j in source if i == j]
     assert sorted("".join(pieces).replace("</s>", "")) == sorted("▁a▁man")
 
 
@@ -175,6 +177,28 @@ def test_a_matrix_may_be_stored_under_all_its_names(tmp_path: Path) -> None:
 def test_a_matrix_may_be_stored_under_any_of_its_names(directory: Path, name: str) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({name: tensors.pop("model.shared.weight")}))
     assert_same_state(directory, marian_config())
+
+
+def test_shared_matrices_of_other_shapes_are_told_by_their_shapes_and_not_compared(directory: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.shared.weight"] = torch.zeros(3, 2)
+        tensors["lm_head.weight"] = torch.zeros(3, 2)
+        tensors["model.encoder.embed_tokens.weight"] = torch.ones(2, 3)
+
+    edit_tensors(directory, change)
+    assert set(faults_of(directory)) == {
+        f"model.safetensors: {name}: shape {shape}, expected [{VOCAB_SIZE}, 16]"
+        for name, shape in (
+            ("model.shared.weight", [3, 2]),
+            ("lm_head.weight", [3, 2]),
+            ("model.encoder.embed_tokens.weight", [2, 3]),
+        )
+    }
+
+
+def test_a_second_name_of_another_shape(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(VOCAB_SIZE, 8)}))
+    assert faults_of(directory) == (f"model.safetensors: lm_head.weight: shape [{VOCAB_SIZE}, 8], expected [{VOCAB_SIZE}, 16]",)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -255,14 +279,28 @@ def test_a_pickle_of_something_else(directory: Path, stored: Any, fault: str) ->
     assert faults_of(directory) == (fault,)
 
 
-def test_a_tensor_of_absurd_size_is_not_copied(directory: Path) -> None:
+def test_tensors_of_absurd_size_are_neither_copied_nor_compared(directory: Path) -> None:
+    """Also where the configuration asks for that size."""
+    edit_json(directory / "config.json", lambda config: config.update(vocab_size=2**24, d_model=2**20))
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
-    tensors["model.shared.weight"] = torch.zeros(1).expand(2**24, 2**20)
+    names = ("model.shared.weight", "lm_head.weight")
+    tensors |= {name: torch.zeros(1).expand(2**24, 2**20) for name in names}
     torch.save(tensors, directory / "pytorch_model.bin")
-    assert faults_of(directory) == (
-        f"pytorch_model.bin: model.shared.weight: shape [16777216, 1048576], expected [{VOCAB_SIZE}, 16]",
+    assert faults_of(directory) == tuple(
+        f"pytorch_model.bin: {name}: has shape [16777216, 1048576], and fewer values than that are stored" for name in names
     )
+
+
+def test_a_tensor_that_is_part_of_a_larger_one_is_read(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    for name, tensor in tensors.items():
+        tensors[name] = torch.stack((tensor, tensor + 1))[0]
+    matrix = tensors["model.shared.weight"]
+    tensors["model.shared.weight"] = matrix.t().contiguous().t()
+    torch.save(tensors, directory / "pytorch_model.bin")
+    assert_same_state(directory, marian_config())
 
 
 @pytest.mark.parametrize("contents", [b"", b"{}", b"\x80\x04cut"], ids=["empty", "json", "cut"])
@@ -336,6 +374,22 @@ def test_fields_that_change_nothing_are_ignored(directory: Path) -> None:
             dropout=0.5, use_cache=False, gradient_checkpointing=True, torch_dtype="float16", anything=[1]
         ),
     )
+    assert_same_state(directory, marian_config())
+
+
+def test_a_configuration_of_an_old_version(directory: Path) -> None:
+    """As of opus-mt-en-vi, whose padding is 53684 and whose ``extra_pos_embeddings`` are 53685."""
+    fields = {
+        "_name_or_path": "Helsinki-NLP/opus-mt-en-vi",
+        "add_final_layer_norm": False,
+        "classif_dropout": 0.0,
+        "extra_pos_embeddings": PAD_ID + 1,
+        "force_bos_token_to_be_generated": False,
+        "forced_eos_token_id": 0,
+        "num_hidden_layers": 2,
+        "transformers_version": "4.22.0.dev0",
+    }
+    edit_json(directory / "config.json", lambda config: config.update(fields))
     assert_same_state(directory, marian_config())
 
 
@@ -431,7 +485,7 @@ def test_a_broken_configuration_is_still_of_this_format(directory: Path) -> None
     assert fault.startswith("config.json: is not JSON")
 
 
-@pytest.mark.parametrize("contents", ['{"model_type": "bart"}', '{"a": "marian"}', "{", "[]"])
+@pytest.mark.parametrize("contents", ['{"model_type": "t5"}', '{"a": "marian"}', "{", "[]"])
 def test_another_model_is_not_of_this_format(directory: Path, contents: str) -> None:
     (directory / "config.json").write_text(contents)
     (fault,) = faults_of(directory)
@@ -453,6 +507,37 @@ def test_tokens_of_other_names_are_not_supported(directory: Path) -> None:
         "tokenizer_config.json: unk_token: '[UNK]' is not supported, only '<unk>'",
         "tokenizer_config.json: sp_model_kwargs: {'enable_sampling': True} is not supported, only None or {}",
     )
+
+
+def with_languages(directory: Path, tokens: list[str]) -> Path:
+    """The last pieces of the vocabulary become tokens of languages."""
+    vocabulary = dict(VOCABULARY)
+    for token, piece in zip(tokens, list(VOCABULARY)[-2::-1], strict=False):
+        vocabulary[token] = vocabulary.pop(piece)
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    return directory
+
+
+def test_a_model_of_several_target_languages_is_told_one_by_its_token(directory: Path) -> None:
+    checkpoint = read_checkpoint(with_languages(directory, [">>vie<<", ">>vie_Hani<<"]))
+    vocabulary = json.loads((directory / "vocab.json").read_text())
+    codes = {"vie": vocabulary[">>vie<<"], "vie_Hani": vocabulary[">>vie_Hani<<"]}
+    assert checkpoint.language_tokens == LanguageTokens(tokens=codes, before_source="target", before_target=False)
+    assert checkpoint.languages == []
+
+
+@pytest.mark.parametrize("tokens", [[], [">>deu<<"]], ids=["none", "one"])
+def test_a_model_of_one_target_language_is_told_nothing(directory: Path, tokens: list[str]) -> None:
+    checkpoint = read_checkpoint(with_languages(directory, tokens))
+    assert checkpoint.language_tokens is None
+    assert checkpoint.languages == [LanguagePair(source="en", target="de")]
+
+
+def test_a_bundle_knows_the_tokens_of_its_languages(directory: Path, tmp_path: Path) -> None:
+    with_languages(directory, [">>deu<<", ">>fra<<"])
+    (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
+    bundle = export_bundle(directory, tmp_path / "bundle", show_progress=False)
+    assert bundle.manifest.language_tokens == read_checkpoint(directory).language_tokens
 
 
 @pytest.mark.parametrize("settings", [None, "{}", '{"source_lang": "en"}', '{"source_lang": "en", "target_lang": ""}'])

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.onnx_export import OPSET, _quiet
-from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear, quantize_columns, to_int8
-from serving.session import load_graph
+from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear, RoundToInt8, quantize_columns
+from serving.runtime import load_graph
 
 
 def observed(weight: Tensor, bias: Tensor | None, *seen: Tensor) -> ObservedLinear:
@@ -193,15 +193,10 @@ def test_a_token_table_keeps_each_row_in_its_own_scale() -> None:
     assert np.array_equal(from_graph, got.numpy())
 
 
-class Rounding(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return to_int8(x)
-
-
 def test_rounding_to_bytes_is_to_even_and_ends_at_the_ends() -> None:
     x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 0.49, 127.4, 127.5, 1e9, -127.6, -128.5, -129.0, -1e9]])
     expected = [[0, 2, 2, 0, -2, 0, 127, 127, 127, -128, -128, -128, -128]]
-    assert to_int8(x).tolist() == expected
-    (got,) = load_graph(traced(Rounding(), x)).run(["y"], {"x": x.numpy()})
+    assert RoundToInt8()(x).tolist() == expected
+    (got,) = load_graph(traced(RoundToInt8(), x)).run(["y"], {"x": x.numpy()})
     assert got.dtype == np.int8
     assert got.tolist() == expected

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from export import pipeline, verify
-from export.checkpoint import read_checkpoint
-from export.graphs import EncoderGraph
+from export.calibration import calibrated_graphs
+from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import Transformer
-from export.onnx_export import export_encoder
+from export.onnx_export import export_decoder, export_encoder
 from export.pipeline import export_bundle
-from serving.bundle import Bundle, Comparison
+from serving.bundle import Bundle, Comparison, Precision
 from serving.errors import BundleError, CheckpointError, ExportError
-from serving.session import ModelSession
-from tests.support import TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
+from serving.runtime.host import HostModelSession
+from tests.support import SAMPLE_LINES, TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 
 SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
 
@@ -130,7 +133,8 @@ def test_wrong_drafts_change_nothing(
 
 def test_cached_pytorch_is_the_uncached_pass(model: Transformer) -> None:
     references = verify.make_references(model, SOURCES)
-    measured = verify.compare(references, verify.pytorch_stepper(model), model.config, reference_name="r", tolerance=1e-3)
+    measured = verify.compare(references, verify.pytorch_stepper(model), model.config, name="n", tolerance=1e-3)
+    assert measured.reference == "PyTorch, fp32, uncached"
     assert measured.max_abs_logit_difference < 1e-4
     assert measured.token_agreement == 1
 
@@ -145,7 +149,7 @@ def test_a_difference_is_found_where_it_is(model: Transformer) -> None:
             logits[0, 17] += 100.0
         return logits
 
-    measured = verify.compare(references, off_at_one_place, model.config, reference_name="r", tolerance=1e-3)
+    measured = verify.compare(references, off_at_one_place, model.config, name="n", tolerance=1e-3)
     positions = sum(len(reference.target_ids) for reference in references)
     assert measured.max_abs_logit_difference == pytest.approx(100.0, rel=1e-5)
     assert measured.token_agreement == pytest.approx((positions - 1) / positions)
@@ -159,8 +163,20 @@ def test_logits_that_are_no_numbers_are_refused(model: Transformer) -> None:
         logits[-1, 20] = np.nan
         return logits
 
-    with pytest.raises(ExportError, match="not finite"):
-        verify.compare(references, broken, model.config, reference_name="r", tolerance=None)
+    with pytest.raises(ExportError, match=r"^onnx_int8: the graphs' logits are not finite; nothing was written$"):
+        verify.compare(references, broken, model.config, name="onnx_int8", tolerance=None)
+
+
+def test_a_candidate_that_is_not_the_best_of_its_own_logits_is_refused(model: Transformer) -> None:
+    decoder = onnx.load_from_string(export_decoder(DecoderStepGraph(model).eval(), model.config))
+    (maker,) = [node for node in decoder.graph.node if "candidate_ids" in node.output]
+    maker.output[list(maker.output).index("candidate_ids")] = "right_ids"
+    decoder.graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
+    decoder.graph.node.append(helper.make_node("BitwiseXor", ["right_ids", "one"], ["candidate_ids"]))
+    encoder = export_encoder(EncoderGraph(model).eval())
+    stepper = verify.onnx_stepper(model.config, encoder, decoder.SerializeToString(), name="onnx_fp16")
+    with pytest.raises(ExportError, match=r"^onnx_fp16: the decoder's best candidate is not the best of its own logits; "):
+        stepper(verify.make_references(model, SOURCES)[0])
 
 
 def test_a_model_whose_own_logits_are_no_numbers_is_refused() -> None:
@@ -226,12 +242,77 @@ def test_a_bundle_says_how_far_it_is_from_the_model(tiny_bundle: Bundle) -> None
     assert certificate.decoded_tokens >= certificate.sentences > 0
 
 
-def test_without_samples_sources_are_drawn_from_the_vocabulary(tmp_path: Path) -> None:
+def test_scales_of_int8_are_measured_on_other_sentences_than_the_certificate(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrated: list[verify.Reference] = []
+    certified: dict[str, list[verify.Reference]] = {}
+    compare = verify.compare
+
+    def watched_graphs(model: Transformer, references: Iterable[verify.Reference]) -> tuple[EncoderGraph, DecoderStepGraph]:
+        calibrated.extend(references)
+        return calibrated_graphs(model, calibrated)
+
+    def watched_compare(references: list[verify.Reference], *args: Any, name: str, **options: Any) -> Comparison:
+        certified[name] = references
+        return compare(references, *args, name=name, **options)
+
+    monkeypatch.setattr(pipeline, "calibrated_graphs", watched_graphs)
+    monkeypatch.setattr(verify, "compare", watched_compare)
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", precision="int8", show_progress=False)
+    assert certified.keys() == {"cached_pytorch", "onnx_fp32", "onnx_int8"}
+    assert len(calibrated) == len(SAMPLE_LINES) // 2
+    for references in certified.values():
+        assert {r.source_ids for r in references}.isdisjoint({r.source_ids for r in calibrated})
+        assert len(references) == bundle.manifest.certificate.sentences == len(SAMPLE_LINES) // 2
+    assert bundle.manifest.certificate.sample_source == "sentences"
+    assert capsys.readouterr().err == "", "sentences need no warning"
+
+
+def test_one_sentence_is_not_enough_for_int8(tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    (checkpoint / "samples.txt").write_text("a man runs\n")
+    with pytest.raises(ExportError, match=r"^samples\.txt: int8 needs two different sentences or more"):
+        export_bundle(checkpoint, tmp_path / "bundle", precision="int8", show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+class NoTimeError(Exception):
+    """Ends an export whose rest is of no interest."""
+
+
+@pytest.mark.parametrize(
+    ("precision", "measured"),
+    [
+        ("fp32", "the certificate is measured on"),
+        ("int8", "the certificate and the scales of int8 are measured on"),
+        ("fp16", "the certificate is measured on"),
+    ],
+    ids=["fp32", "int8", "fp16"],
+)
+def test_random_ids_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: Precision, measured: str
+) -> None:
+    def stop(_model: object, _sources: object) -> list[verify.Reference]:
+        raise NoTimeError
+
+    monkeypatch.setattr(verify, "make_references", stop)
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
     (checkpoint / "samples.txt").unlink()
-    sources = pipeline.sample_sources(read_checkpoint(checkpoint))
-    assert len(sources) == 32
-    assert all(source[-1] == 3 and all(0 <= token < TINY_VOCAB_SIZE for token in source) for source in sources)
+    with pytest.raises(NoTimeError):
+        export_bundle(checkpoint, tmp_path / "bundle", precision=precision, show_progress=False)
+    assert capsys.readouterr().err == (
+        f"{measured} random token ids, not on text: put some sentences of source text, one a line, in samples.txt "
+        "beside the model\n"
+    )
+
+
+def test_a_certificate_states_its_random_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.samples._MAX_ALONE", 2)
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    (checkpoint / "samples.txt").unlink()
+    certificate = export_bundle(checkpoint, tmp_path / "bundle", show_progress=False).manifest.certificate
+    assert (certificate.sample_source, certificate.sentences) == ("random_ids", 2)
 
 
 def test_a_taken_place_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -241,7 +322,7 @@ def test_a_taken_place_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such directory"):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
         export_bundle(tmp_path / "nothing", tmp_path / "bundle", show_progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -253,4 +334,4 @@ def test_a_graph_that_the_runtime_cannot_load_is_a_fault_of_the_bundle(tiny_bund
         (directory / path.name).write_bytes(path.read_bytes())
     (directory / "decoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="a graph cannot be loaded"):
-        ModelSession(Bundle(directory=directory, manifest=tiny_bundle.manifest))
+        HostModelSession(Bundle(directory=directory, manifest=tiny_bundle.manifest))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from export.cache_graphs import cache_rows_graph
 from export.pipeline import export_bundle
@@ -22,9 +23,11 @@ from serving.engine import Engine
 from serving.errors import RequestCancelledError, ServerStartError
 from serving.kv_cache import CacheGeometry
 from serving.request import DecodingOptions
+from serving.runtime import load_graph
+from serving.runtime.device import OrtDeviceMemory
 from serving.search import Fork
-from serving.session import OrtDeviceMemory, load_graph
 from tests.serving.test_engine import Gate, Waiter, random_work, translate
+from tests.support import score_of
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +38,7 @@ GEOMETRY = CacheGeometry(num_tensors=4, num_heads=2, head_dim=8, dtype=np.float1
 def memory() -> OrtDeviceMemory:
     """The device's memory; no test runs without."""
     try:
-        return OrtDeviceMemory("cuda", load_graph(cache_rows_graph(GEOMETRY.num_tensors), device="cuda"))
+        return OrtDeviceMemory("cuda", load_graph(cache_rows_graph(GEOMETRY.num_tensors, TensorProto.FLOAT16), device="cuda"))
     except ServerStartError as error:
         pytest.skip(str(error))
 
@@ -131,7 +134,7 @@ def test_scores_are_near_those_of_fp32_on_the_cpu(cuda_engine: Engine, cpu_engin
     same = [(a, b) for a, b in zip(got, expected, strict=True) if a.target_ids == b.target_ids]
     assert len(same) >= len(work) / 3
     # Without a length penalty a score is a sum over the tokens.
-    assert [(a, b) for a, b in same if abs(a.score - b.score) > 0.01 * b.target_tokens] == []
+    assert [(a, b) for a, b in same if abs(score_of(a) - score_of(b)) > 0.01 * b.target_tokens] == []
 
 
 def test_targets_longer_than_the_first_cache(cuda_engine: Engine) -> None:

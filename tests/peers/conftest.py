@@ -1,6 +1,9 @@
 """The checkpoints that are compared with the peers."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -9,6 +12,9 @@ from benchmarks.marian import write_marian
 from export.checkpoint.native import WEIGHTS_NAME
 from tests.peers.subject import Subject
 from tests.support import EOS_ID, write_tiny_checkpoint
+
+if TYPE_CHECKING:
+    from tests.peers.ctranslate2_peer import Peers
 
 TRAINED = Path(__file__).parents[2] / "examples" / "multi30k" / "checkpoint"
 
@@ -42,3 +48,19 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def marian_directory(subject: Subject) -> Path:
     """The same weights as a Hugging Face Marian model."""
     return write_marian(subject.checkpoint, subject.work / "marian")
+
+
+@pytest.fixture(scope="session")
+def ctranslate2_peers(subject: Subject, marian_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Peers:
+    """CTranslate2's model of the subject, in fp32 and in int8."""
+    # Here, because it skips where CTranslate2 is not installed.
+    from benchmarks.conversion import convert_without_padding_rules, pieces_of
+    from tests.peers.ctranslate2_peer import Peer
+
+    pieces = pieces_of(subject.checkpoint)
+    work = tmp_path_factory.mktemp(f"ctranslate2-{subject.checkpoint.name}")
+    peers: Peers = {}
+    for precision in ("fp32", "int8"):
+        directory = convert_without_padding_rules(marian_directory, pieces, work / precision, precision)
+        peers[precision] = Peer(directory, pieces, precision)
+    return peers

@@ -14,7 +14,7 @@ from serving.bundle import Bundle, Precision
 from serving.config import EngineConfig
 from serving.engine import Engine
 from serving.request import DecodingOptions, Hypothesis, Outcome, Sequence
-from serving.tokenizer import load_tokenizer
+from serving.tokenizers import load_tokenizer
 from tests.support import ENGLISH_LINES
 
 # Waiting that long for one setting of all sentences is a failure.

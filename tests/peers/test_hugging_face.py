@@ -19,6 +19,7 @@ from torch import Tensor
 from export.checkpoint import build_model
 from serving.request import DecodingOptions, FinishReason, Hypothesis
 from tests.peers.subject import Subject
+from tests.support import score_of
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed; make test-peers does it")
 
@@ -116,7 +117,7 @@ class Report:
         for rank, (mine, (ids, score)) in enumerate(zip(ours, theirs, strict=True)):
             self.hypotheses += 1
             self.ended += mine.finish_reason is FinishReason.EOS
-            apart = abs(mine.score - score) * mine.target_tokens**self.length_penalty
+            apart = abs(score_of(mine) - score) * mine.target_tokens**self.length_penalty
             if apart > LOG_PROB_TOLERANCE:
                 self.differences.append(f"{source} rank {rank}: {mine.target_ids} {mine.score:.6f}, theirs {ids} {score:.6f}")
             elif mine.target_ids != ids:
@@ -233,7 +234,7 @@ def test_suppressing_tokens_differs_by_their_probability(
             if mine.target_ids == ids:
                 same += 1
                 largest = max(largest, -mass)
-                assert mine.score + mass == pytest.approx(log_prob, abs=LOG_PROB_TOLERANCE)
+                assert score_of(mine) + mass == pytest.approx(log_prob, abs=LOG_PROB_TOLERANCE)
     print(f"{subject.checkpoint.name}: {same} of {4 * len(sources)} the same, log-probabilities up to {largest:.1e} apart")
     # What has hardly any share changes no order; a random model gives these tokens as much as any others.
     assert same >= 0.75 * 4 * len(sources)

@@ -17,7 +17,7 @@ import torch
 
 from export.checkpoint import build_model, read_checkpoint
 from serving.request import DecodingOptions
-from serving.tokenizer import open_tokenizer
+from serving.tokenizers import open_tokenizer
 from tests.peers.subject import Subject
 from tests.support import ENGLISH_LINES, GERMAN_LINES, tiny_sentencepiece, train_sentencepiece
 from tests.vocabularies import marian_vocabulary

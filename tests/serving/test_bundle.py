@@ -18,7 +18,7 @@ FILES = {"encoder.onnx": b"the encoder", "decoder.onnx": b"the decoder step", "s
 
 def manifest_fields() -> dict[str, Any]:
     return {
-        "format_revision": 2,
+        "format_revision": 3,
         "name": "tiny",
         "precision": "int8",
         "architecture": {
@@ -46,6 +46,7 @@ def manifest_fields() -> dict[str, Any]:
             "onnx_opset": 20,
         },
         "certificate": {
+            "sample_source": "sentences",
             "sentences": 100,
             "decoded_tokens": 1234,
             "comparisons": {
@@ -91,7 +92,7 @@ def faults_of(directory: Path) -> tuple[str, ...]:
 
 def test_reads_a_whole_bundle(directory: Path) -> None:
     bundle = read_bundle(directory)
-    assert bundle.manifest.model_dump(mode="json") == manifest_fields()
+    assert bundle.manifest.model_dump(mode="json", exclude_unset=True) == manifest_fields()
     assert bundle.encoder_path.read_bytes() == b"the encoder"
     assert bundle.decoder_path.read_bytes() == b"the decoder step"
     assert bundle.path("sentencepiece.model") == directory / "sentencepiece.model"
@@ -132,11 +133,11 @@ def test_a_manifest_that_is_not_json(directory: Path, contents: bytes) -> None:
     assert fault.startswith("manifest.json: is not JSON: ")
 
 
-@pytest.mark.parametrize("revision", [1, 3], ids=["older", "newer"])
+@pytest.mark.parametrize("revision", [1, 4], ids=["older", "newer"])
 def test_another_revision_is_named_before_its_unknown_fields(directory: Path, revision: int) -> None:
     write_manifest(directory, {**manifest_fields(), "format_revision": revision, "novelty": True})
     assert faults_of(directory) == (
-        f"manifest.json: format_revision: {revision} is not supported (supported: 2); "
+        f"manifest.json: format_revision: {revision} is not supported (supported: 3); "
         "export the checkpoint again with this version of onnxlate",
     )
 
@@ -295,7 +296,38 @@ def test_the_version_tells_manifests_apart_and_not_their_spelling() -> None:
 
 
 def test_the_version_stays_the_same_between_releases() -> None:
-    assert Manifest.model_validate(manifest_fields()).version() == "b81a47614475"
+    assert Manifest.model_validate(manifest_fields()).version() == "a5bb34553ea3"
+
+
+def test_a_bundle_from_before_samples_were_stated(directory: Path) -> None:
+    fields = manifest_fields()
+    del fields["certificate"]["sample_source"]
+    write_manifest(directory, fields)
+    manifest = read_bundle(directory).manifest
+    assert manifest.certificate.sample_source is None
+    # The version that it had when it was written.
+    assert manifest.version() == "6ddc776c1e29"
+    assert (
+        "certificate, measured on 100 sources (whether sentences or random token ids is not stated), 1234 decoded tokens"
+        in describe(manifest).splitlines()
+    )
+
+
+def test_describe_says_that_random_ids_are_no_text() -> None:
+    fields = manifest_fields()
+    fields["certificate"]["sample_source"] = "random_ids"
+    assert (
+        "certificate, measured on 100 sources of random token ids, not text, 1234 decoded tokens"
+        in describe(Manifest.model_validate(fields)).splitlines()
+    )
+
+
+def test_samples_of_no_known_source(directory: Path) -> None:
+    fields = manifest_fields()
+    fields["certificate"]["sample_source"] = "dreams"
+    write_manifest(directory, fields)
+    (fault,) = faults_of(directory)
+    assert fault.startswith("manifest.json: certificate.sample_source: ")
 
 
 def test_a_manifest_survives_its_own_json() -> None:
@@ -325,7 +357,7 @@ def test_describe() -> None:
         "  tokenizer   sentencepiece (sentencepiece.model)",
         "  checkpoint  tiny-checkpoint (weights abababababab)",
         "  made by     onnxlate 0.1.0, torch 2.13.0, ONNX opset 20",
-        "  format      revision 2",
+        "  format      revision 3",
         "",
         "files",
         "                       MB     sha256",

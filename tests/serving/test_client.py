@@ -70,7 +70,7 @@ def dead_address() -> Iterator[str]:
 
 
 def test_translations_come_in_order_with_all_they_hold(client: TranslationClient) -> None:
-    first, second = client.translate(["ab", "c"], beam_size=2, num_hypotheses=2, max_target_tokens=3)
+    first, second = client.translate(["ab", "c"], beam_size=2, num_hypotheses=2, max_target_tokens=3, return_scores=True)
     assert (first.text, second.text, first.source_tokens) == ("AB", "C", 3)
     assert [(h.text, h.score, h.finish_reason, h.target_tokens) for h in first.hypotheses] == [
         ("AB", -0.5, "eos", 3),
@@ -81,6 +81,7 @@ def test_translations_come_in_order_with_all_they_hold(client: TranslationClient
 
 def test_answers_are_frozen(client: TranslationClient) -> None:
     (translation,) = client.translate(["a"])
+    assert translation.hypotheses[0].score is None, "nobody asked for it"
     with pytest.raises(dataclasses.FrozenInstanceError):
         translation.source_tokens = 1  # type: ignore[misc]  # that is what is tested
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
+from onnx import TensorProto
 
 from export.cache_graphs import cache_rows_graph
 from export.pipeline import export_bundle
@@ -21,8 +22,9 @@ from serving.engine import Engine
 from serving.errors import BundleError, EngineError, ServerStartError
 from serving.kv_cache import CacheGeometry, LaneCache
 from serving.request import DecodingOptions
+from serving.runtime import load_graph, open_session
+from serving.runtime.device import DeviceModelSession, OrtDeviceMemory
 from serving.search import Fork
-from serving.session import DeviceModelSession, OrtDeviceMemory, load_graph, open_session
 from tests.serving.test_engine import random_work, translate
 
 GEOMETRY = CacheGeometry(num_tensors=4, num_heads=2, head_dim=8)
@@ -391,7 +393,7 @@ def test_random_changes_equal_those_of_the_cache_in_host_memory() -> None:
 
 
 def test_the_runtimes_memory_uploads_and_gathers() -> None:
-    memory = OrtDeviceMemory("cpu", load_graph(cache_rows_graph(2, "fp32")))
+    memory = OrtDeviceMemory("cpu", load_graph(cache_rows_graph(2, TensorProto.FLOAT)))
     sources = [memory.zeros((3, 2, 4), np.float32) for _ in range(2)]
     targets = [memory.zeros((2, 2, 4), np.float32) for _ in range(2)]
     values = [np.random.default_rng(i).random((3, 2, 4), np.float32) for i in range(2)]
@@ -403,7 +405,7 @@ def test_the_runtimes_memory_uploads_and_gathers() -> None:
 
 
 def test_a_failing_gather_is_an_engine_error() -> None:
-    memory = OrtDeviceMemory("cpu", load_graph(cache_rows_graph(1, "fp32")))
+    memory = OrtDeviceMemory("cpu", load_graph(cache_rows_graph(1, TensorProto.FLOAT)))
     source, target = memory.zeros((3, 4), np.float32), memory.zeros((1, 4), np.float32)
     with pytest.raises(EngineError, match="a graph failed"):
         memory.gather([source], np.array([3]), [target])
@@ -414,7 +416,7 @@ def fp32_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """A bundle of fp32, which runs on a CPU, with the graph that only bundles of fp16 have."""
     bundle = export_bundle(tiny_checkpoint, tmp_path_factory.mktemp("device") / "fp32", show_progress=False)
     tensors = 2 * bundle.manifest.architecture.num_decoder_layers
-    bundle.cache_rows_path.write_bytes(cache_rows_graph(tensors, "fp32"))
+    bundle.cache_rows_path.write_bytes(cache_rows_graph(tensors, TensorProto.FLOAT))
     return bundle
 
 

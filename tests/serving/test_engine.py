@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from serving.errors import DeadlineExceededError, EngineError, RequestCancelledE
 from serving.kv_cache import LaneCache
 from serving.lane import Lane
 from serving.observer import NullObserver
-from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence
-from serving.session import LaneDecoder, ModelSession, pad_sources
+from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sampling, Sequence
+from serving.runtime import LaneDecoder, ModelSession, open_session, pad_sources
+from serving.runtime.host import HostModelSession
 
 TIMEOUT_S = 60.0
 FAR_AWAY_S = 1e9
@@ -111,18 +114,77 @@ def test_answers_do_not_depend_on_the_size_of_the_engine(tiny_bundle: Bundle) ->
     for config in (
         EngineConfig(threads=1, max_rows_per_worker=4, encoder_batch_tokens=1),
         EngineConfig(threads=3, max_rows_per_worker=64, encoder_batch_tokens=4096),
-        EngineConfig(threads=4, threads_per_worker=2, max_rows_per_worker=64, encoder_batch_tokens=4096),
+        EngineConfig(threads=3, threads_when_alone=1, max_rows_per_worker=64, encoder_batch_tokens=4096),
+        EngineConfig(threads=1, threads_when_alone=3, max_rows_per_worker=4, encoder_batch_tokens=1),
     ):
         engine = Engine(tiny_bundle, config)
         engine.start()
         answers.append([outcome.hypotheses for outcome in translate(engine, work)])
         engine.close()
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
 
 
-@pytest.mark.parametrize(("threads", "each", "workers"), [(4, 1, 4), (4, 2, 2), (5, 2, 2), (1, 4, 1)])
-def test_workers_share_the_threads(threads: int, each: int, workers: int) -> None:
-    assert EngineConfig(threads=threads, threads_per_worker=each).num_workers == workers
+@pytest.mark.parametrize(
+    ("options", "workers", "lone_threads"),
+    [
+        ({"threads": 4}, 4, 4),
+        ({"threads": 4, "threads_when_alone": 1}, 4, 1),
+        ({"threads": 1, "threads_when_alone": 3}, 1, 3),
+        ({"threads": 8, "device": "cuda"}, 1, 1),
+    ],
+)
+def test_a_worker_for_each_thread_and_all_threads_for_a_lone_one(
+    options: dict[str, Any], workers: int, lone_threads: int
+) -> None:
+    config = EngineConfig(**options)
+    assert (config.num_workers, config.lone_threads) == (workers, lone_threads)
+
+
+UNRULED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppressed": (),
+    "target_prefix": (),
+    "hidden_prefix_tokens": 0,
+    "sampling": None,
+}
+RULED = [
+    DecodingOptions(max_target_tokens=20, repetition_penalty=1.7),
+    DecodingOptions(max_target_tokens=20, no_repeat_ngram_size=2, return_scores=False),
+    DecodingOptions(max_target_tokens=20, suppressed=((9,), (5, 5))),
+    DecodingOptions(max_target_tokens=20, target_prefix=(40, 41), hidden_prefix_tokens=1),
+    DecodingOptions(max_target_tokens=20, sampling=Sampling(seed=3, top_k=8)),
+    DecodingOptions(beam_size=3, num_hypotheses=3, max_target_tokens=20, no_repeat_ngram_size=2),
+    DecodingOptions(beam_size=3, num_hypotheses=2, max_target_tokens=20, target_prefix=(40,), early_stopping=True),
+]
+
+
+def test_what_some_ask_of_single_tokens_changes_nobody_elses_answer(engine: Engine) -> None:
+    sources = [ids for ids, _ in random_work(len(RULED), seed=8)]
+    ruled = list(zip(sources, RULED, strict=True))
+    plain = random_work(20, seed=9)
+    work = [*plain[:10], *ruled, *plain[10:]]
+    alone = [translate(engine, [one])[0].hypotheses for one in work]
+    assert [outcome.hypotheses for outcome in translate(engine, work)] == alone
+    unruled = [translate(engine, [(ids, dataclasses.replace(options, **UNRULED))])[0].hypotheses for ids, options in ruled]
+    changed = [a[0].target_ids != b[0].target_ids for a, b in zip(alone[10 : 10 + len(ruled)], unruled, strict=True)]
+    assert all(changed), "each option does something here"
+
+
+def test_scores_that_nobody_asked_for_cost_nothing_and_change_no_token(engine: Engine) -> None:
+    work = random_work(30, seed=10)
+    scored = translate(engine, work)
+    silent = translate(engine, [(ids, dataclasses.replace(options, return_scores=False)) for ids, options in work])
+    mixed = translate(
+        engine, [(ids, dataclasses.replace(options, return_scores=i % 2 == 0)) for i, (ids, options) in enumerate(work)]
+    )
+    for i, (a, b, c) in enumerate(zip(scored, silent, mixed, strict=True)):
+        assert [replace_score(h) for h in a.hypotheses] == list(b.hypotheses)
+        assert list(c.hypotheses) == list(a.hypotheses if i % 2 == 0 else b.hypotheses)
+
+
+def replace_score(hypothesis: Hypothesis) -> Hypothesis:
+    return dataclasses.replace(hypothesis, score=None)
 
 
 def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: DecodingOptions) -> Hypothesis:
@@ -136,7 +198,8 @@ def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: De
     tokens: list[int] = []
     score = 0.0
     while True:
-        candidate_ids, log_probs = decoder.step(1)
+        stepped = decoder.step(1, int(positions.max()) + 1)
+        candidate_ids, log_probs = stepped.candidate_ids, stepped.candidate_log_probs
         choice = int(candidate_ids[0, 0, 0] == session.eos_id and len(tokens) < options.min_target_tokens)
         token = int(candidate_ids[0, 0, choice])
         score += float(log_probs[0, 0, choice])
@@ -154,7 +217,7 @@ def plain_greedy(session: ModelSession, source_ids: tuple[int, ...], options: De
 
 
 def test_greedy_equals_a_plain_loop(engine: Engine, tiny_bundle: Bundle) -> None:
-    session = ModelSession(tiny_bundle)
+    session = open_session(tiny_bundle)
     work = [(ids, o) for ids, o in random_work(40, seed=5) if o.beam_size == 1]
     for (ids, options), outcome in zip(work, translate(engine, work), strict=True):
         assert outcome.hypotheses == (plain_greedy(session, ids, options),)
@@ -193,10 +256,10 @@ class Gate:
         self.reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
         step = LaneDecoder.step
 
-        def gated(decoder: LaneDecoder, num_sources: int) -> object:
+        def gated(decoder: LaneDecoder, *args: Any, **options: Any) -> object:
             self.reached.release()
             assert self._open.acquire(timeout=TIMEOUT_S)
-            return step(decoder, num_sources)
+            return step(decoder, *args, **options)
 
         monkeypatch.setattr(LaneDecoder, "step", gated)
 
@@ -268,10 +331,10 @@ def test_a_failing_step_fails_its_lane_and_nothing_else(one_worker: Engine, monk
     step = LaneDecoder.step
     failures = iter([True])
 
-    def failing(decoder: LaneDecoder, num_sources: int) -> object:
+    def failing(decoder: LaneDecoder, *args: Any, **options: Any) -> object:
         if next(failures, False):
             raise EngineError("a graph failed: out of memory")
-        return step(decoder, num_sources)
+        return step(decoder, *args, **options)
 
     monkeypatch.setattr(LaneDecoder, "step", failing)
     failed, again = translate(one_worker, [work])[0], translate(one_worker, [work])[0]
@@ -282,7 +345,7 @@ def test_a_failing_step_fails_its_lane_and_nothing_else(one_worker: Engine, monk
 def test_a_failing_encoder_fails_its_batch_and_nothing_else(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     work = ((5, 6, 7, 3), DecodingOptions(max_target_tokens=3))
     with monkeypatch.context() as patched:
-        patched.setattr(ModelSession, "encode", lambda *_: 1 / 0)
+        patched.setattr(HostModelSession, "encode", lambda *_, **__: 1 / 0)
         failed = translate(one_worker, [work])[0]
     assert isinstance(failed.error, EngineError)
     assert translate(one_worker, [work])[0].hypotheses

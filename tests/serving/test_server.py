@@ -441,7 +441,7 @@ def test_a_beam_wider_than_the_graphs_is_refused_by_name_and_the_widest_is_trans
 
 
 def test_without_onnx_runtime_the_extras_are_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("serving.engine", "serving.lane", "serving.session"):
+    for module in ("serving.engine", "serving.lane", *(name for name in sys.modules if name.startswith("serving.runtime"))):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ServerStartError, match=r"install onnxlate\[cpu\], or onnxlate\[gpu\]"):

@@ -48,7 +48,7 @@ async def translate(servicer: TranslationServicer, request: pb.TranslateRequest,
 
 
 async def test_a_response_holds_all_that_is_known(servicer: TranslationServicer) -> None:
-    options = pb.DecodingOptions(beam_size=2, num_hypotheses=2, max_target_tokens=3)
+    options = pb.DecodingOptions(beam_size=2, num_hypotheses=2, max_target_tokens=3, return_scores=True)
     response = await translate(servicer, pb.TranslateRequest(texts=["ab", ""], options=options))
     shouted, blank = response.translations
     assert [(h.text, h.score, h.target_tokens) for h in shouted.hypotheses] == [("AB", -0.5, 3), ("AB!", -1.5, 3)]
@@ -57,7 +57,7 @@ async def test_a_response_holds_all_that_is_known(servicer: TranslationServicer)
     assert shouted.timings == pb.TextTimings(
         queue_seconds=0.25, encode_seconds=0.5, decode_seconds=1.0, steps=7, mean_rows_per_step=3.5
     )
-    assert [(h.text, h.finish_reason) for h in blank.hypotheses] == [("", pb.FINISH_REASON_EOS)]
+    assert [(h.text, h.score, h.finish_reason) for h in blank.hypotheses] == [("", 0.0, pb.FINISH_REASON_EOS)]
     assert (response.timings.queue_seconds, response.timings.encode_seconds, response.timings.decode_seconds) == (0.25, 0.5, 1.0)
 
 
@@ -147,9 +147,14 @@ async def test_numbers_pass_unrounded(servicer: TranslationServicer, engine: Scr
     engine.script = lambda sequence: Outcome(
         hypotheses=(Hypothesis(target_ids=(), score=score, finish_reason=FinishReason.EOS, target_tokens=1),)
     )
-    request = pb.TranslateRequest(texts=["a"], options=pb.DecodingOptions(length_penalty=0.6))
+    request = pb.TranslateRequest(texts=["a"], options=pb.DecodingOptions(length_penalty=0.6, return_scores=True))
     assert (await translate(servicer, request)).translations[0].hypotheses[0].score == score
     assert engine.submitted[0].options.length_penalty == 0.6
+
+
+async def test_scores_are_left_unset_where_nobody_asked(servicer: TranslationServicer) -> None:
+    response = await translate(servicer, pb.TranslateRequest(texts=["ab", ""]))
+    assert [h.HasField("score") for translation in response.translations for h in translation.hypotheses] == [False, False]
 
 
 def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:

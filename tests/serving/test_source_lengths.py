@@ -17,7 +17,7 @@ from serving.config import EngineConfig
 from serving.engine import Engine
 from serving.lane import Lane
 from serving.request import DecodingOptions, Hypothesis
-from serving.session import ModelSession
+from serving.runtime.host import HostModelSession
 from tests.serving.test_engine import Gate, Waiter, translate
 from tests.support import tiny_config, write_tiny_checkpoint
 
@@ -43,7 +43,7 @@ def padded_bundle(roomy_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     """In fp32, which runs on a CPU, with a decoder laid out as for CUDA."""
     bundle = export_bundle(roomy_checkpoint, tmp_path_factory.mktemp("roomy") / "padded", show_progress=False)
     model = build_model(read_checkpoint(roomy_checkpoint))
-    bundle.decoder_path.write_bytes(export_decoder(DecoderStepGraph(model, ragged=False), model.config))
+    bundle.decoder_path.write_bytes(export_decoder(DecoderStepGraph(model, device="cuda"), model.config))
     return bundle
 
 
@@ -110,11 +110,11 @@ def test_order_and_batches_of_mixed_lengths_change_nothing(roomy_bundle: Bundle)
     assert answers(roomy_bundle, work, rows=3, batch_tokens=1) == together
 
 
-def test_sources_of_5_to_150_tokens_share_one_lane(roomy_bundle: Bundle, lanes: list[Lane]) -> None:
-    work = [(source(n), DecodingOptions(max_target_tokens=6)) for n in (5, 20, 33, 70, 129, 150)]
+def test_sources_of_5_to_128_tokens_share_one_lane(roomy_bundle: Bundle, lanes: list[Lane]) -> None:
+    work = [(source(n), DecodingOptions(max_target_tokens=6)) for n in (5, 20, 33, 70, 90, 121)]
     answers(roomy_bundle, work)
     (lane,) = lanes
-    assert lane.cache.source_capacity == 256
+    assert lane.cache.source_capacity == 128
     # All of them stepped together: nobody waited for a lane of his own.
     assert lane._steps == 6
 
@@ -124,7 +124,7 @@ def test_a_long_source_that_joins_in_mid_decode_changes_nobodys_answer(
     roomy_bundle: Bundle, lanes: list[Lane], monkeypatch: pytest.MonkeyPatch, beam_size: int
 ) -> None:
     options = DecodingOptions(beam_size=beam_size, num_hypotheses=beam_size, min_target_tokens=30, max_target_tokens=40)
-    work = [(source(n), options) for n in (5, 20, 31, 150)]
+    work = [(source(n), options) for n in (5, 20, 31, 97)]
     expected = alone(roomy_bundle, work)
     lanes.clear()
     engine = Engine(roomy_bundle, EngineConfig(threads=1, max_rows_per_worker=24, encoder_batch_tokens=512))
@@ -144,8 +144,17 @@ def test_a_long_source_that_joins_in_mid_decode_changes_nobodys_answer(
     got = [outcome.hypotheses for outcome in waiter.wait([*short, long])]
     engine.close()
     assert len(lanes) == 1
-    assert lane.cache.source_capacity == 256
+    assert lane.cache.source_capacity == 104
     assert got == expected
+
+
+def test_a_longer_source_has_a_lane_of_its_own_that_gives_its_memory_back(roomy_bundle: Bundle, lanes: list[Lane]) -> None:
+    options = DecodingOptions(min_target_tokens=6, max_target_tokens=6)
+    work = [(source(n), options) for n in (5, 150, 20)]
+    assert answers(roomy_bundle, work) == alone(roomy_bundle, work)
+    short, long = sorted(lanes[:2], key=lambda lane: lane.cache.source_capacity)
+    assert (short.cache.source_capacity, long.cache.source_capacity) == (32, 152)
+    assert (short.is_large, long.is_large) == (False, True)
 
 
 def test_short_sources_follow_a_long_one_in_its_slot(roomy_bundle: Bundle) -> None:
@@ -161,9 +170,11 @@ def test_short_sources_follow_a_long_one_in_its_slot(roomy_bundle: Bundle) -> No
 
 def test_buckets_of_ragged_and_of_padded_graphs(roomy_bundle: Bundle, padded_bundle: Bundle) -> None:
     lengths = [1, 5, 32, 33, 64, 65, 150]
-    ragged, padded = ModelSession(roomy_bundle), ModelSession(padded_bundle)
-    assert [ragged.source_bucket(n) for n in lengths] == [32] * 7
+    ragged, padded = HostModelSession(roomy_bundle), HostModelSession(padded_bundle)
+    assert [ragged.source_bucket(n) for n in lengths] == [128] * 6 + [256]
+    assert [ragged.source_capacity(n) for n in lengths] == [32, 32, 32, 40, 64, 72, 152]
     assert [padded.source_bucket(n) for n in lengths] == [32, 32, 32, 64, 64, 128, 256]
+    assert [padded.source_capacity(n) for n in lengths] == [32, 32, 32, 64, 64, 128, 256]
 
 
 def test_padded_graphs_have_lanes_by_length_and_change_nobodys_answer(padded_bundle: Bundle, lanes: list[Lane]) -> None:

@@ -73,7 +73,9 @@ async def test_the_order_is_kept_when_the_engine_ends_them_in_another(translator
 
 
 async def test_every_hypothesis_comes_with_its_score_reason_and_timings(translator: Translator) -> None:
-    (translation,) = await translator.translate(command("ab", beam_size=3, num_hypotheses=2, max_target_tokens=3))
+    (translation,) = await translator.translate(
+        command("ab", beam_size=3, num_hypotheses=2, max_target_tokens=3, return_scores=True)
+    )
     best, second = translation.hypotheses
     assert (best.text, best.score, best.finish_reason, best.target_tokens) == ("AB", -0.5, FinishReason.EOS, 3)
     assert (second.text, second.score, second.finish_reason, second.target_tokens) == ("AB!", -1.5, FinishReason.LENGTH, 3)
@@ -85,7 +87,7 @@ async def test_options_reach_the_engine(translator: Translator, engine: Scripted
     await translator.translate(asked)
     (sequence,) = engine.submitted
     assert sequence.options == DecodingOptions(
-        beam_size=4, num_hypotheses=2, length_penalty=-0.5, min_target_tokens=3, max_target_tokens=9
+        beam_size=4, num_hypotheses=2, length_penalty=-0.5, min_target_tokens=3, max_target_tokens=9, return_scores=False
     )
     assert (sequence.source_ids[-1], sequence.expires_at_s) == (1, FAR_S)
 
@@ -111,7 +113,7 @@ async def test_the_longest_target_follows_each_text(
 async def test_a_blank_text_has_an_empty_translation_without_work(
     translator: Translator, engine: ScriptedEngine, blank: str
 ) -> None:
-    translations = await translator.translate(command(blank, "a", beam_size=2, num_hypotheses=2))
+    translations = await translator.translate(command(blank, "a", beam_size=2, num_hypotheses=2, return_scores=True))
     assert texts(translations) == [[""], ["A", "A!"]]
     assert (translations[0].hypotheses[0].score, translations[0].hypotheses[0].finish_reason) == (0.0, FinishReason.EOS)
     assert translations[0].source_tokens == 0
@@ -181,11 +183,11 @@ async def test_what_is_out_of_bounds_is_refused_by_its_name(
 
 async def test_a_model_that_names_no_languages_takes_no_language() -> None:
     nameless = TextPreparer(tokenizer=ByteTokenizer(), eos_id=1, languages=(), limits=fake_limits())
-    nameless.check_languages("", "")
+    nameless.direction("", "")
     with pytest.raises(InvalidRequestError, match="source_language: the model translates from none that it names"):
-        nameless.check_languages("en", "")
+        nameless.direction("en", "")
     with pytest.raises(InvalidRequestError, match="target_language: the model translates into none that it names"):
-        nameless.check_languages("", "de")
+        nameless.direction("", "de")
 
 
 async def test_the_longest_text_that_fits_is_translated(translator: Translator) -> None:
@@ -277,6 +279,8 @@ async def test_others_get_their_turn_while_a_long_request_is_tokenized(
         def decode(self, ids: Any) -> str:
             return ""
 
+        certain_text = decode
+
     slow = TextPreparer(tokenizer=SlowTokenizer(), eos_id=1, languages=(), limits=limits)
     translator = Translator(slow, engine, asyncio.get_running_loop(), clock=clock)
     task = asyncio.create_task(other())
@@ -298,6 +302,8 @@ async def test_without_room_nothing_is_tokenized(engine: ScriptedEngine) -> None
 
         def decode(self, ids: Any) -> str:
             raise AssertionError("decoded")
+
+        certain_text = decode
 
     preparer = TextPreparer(tokenizer=NoTokenizer(), eos_id=1, languages=(), limits=fake_limits())
     translator = Translator(preparer, engine, asyncio.get_running_loop())

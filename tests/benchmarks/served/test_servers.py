@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,36 @@ def test_a_port_that_is_taken_every_time(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_peer_that_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "_START_S", 0.0)
     peer = fake_peer()
-    with pytest.raises(ServerUnavailableError, match=r"^fake peer was not ready in 0 s$"), peer:
+    with pytest.raises(ServerUnavailableError, match=r"^fake peer was not ready in 0 s: "), peer:
         pass
     with pytest.raises(AssertionError, match="not started"):
         assert peer.pid
+
+
+class SilentServer(OnnxlateServer):
+    """One that never says that it is ready, nor anything else."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("bundle"), Knobs(batch=8), threads=1)
+        self._command = [sys.executable, "-c", "import signal; signal.pause()"]
+
+
+@pytest.mark.parametrize("log", [[], ["loading\n", "\n"]], ids=["silent", "its last line"])
+def test_our_server_that_is_never_ready(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    monkeypatch.setattr(servers, "_START_S", 0.0)
+    server = SilentServer()
+    server._log.extend(log)
+    with pytest.raises(ServerUnavailableError) as caught, server:
+        pass
+    assert str(caught.value) == f"onnxlate was not ready in 0 s: {'loading' if log else 'it wrote nothing'}"
+    assert server._process is None
+
+
+def test_our_servers_threads_are_told_to_its_command() -> None:
+    plain = OnnxlateServer(Path("bundle"), Knobs(batch=8), threads=2)
+    alone = OnnxlateServer(Path("bundle"), Knobs(batch=8), threads=2, threads_when_alone=1)
+    assert alone._command == [*plain._command, "--threads-when-alone", "1"]
+    assert plain._command[-4:] == ["--threads", "2", "--max-rows", "8"]
 
 
 def test_a_peer_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

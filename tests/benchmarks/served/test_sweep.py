@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 
@@ -65,6 +67,19 @@ class FakeBench(Bench):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FailingBench(FakeBench):
+    """Raises at one server's one load."""
+
+    at: tuple[str, ClosedLoad | OpenLoad]
+    error: Exception
+
+    def measure(self, server: Server, load: ClosedLoad | OpenLoad, times: Times, **options: Any) -> LoadPoint:
+        if (server.name, load) == self.at and not options.get("streamed"):
+            raise self.error
+        return super().measure(server, load, times, **options)
+
+
 def contender(name: str, log: list[str], batches: Sequence[int] = (1,), *, starts: bool = True) -> Contender:
     wire = "grpc" if name == "fast" else "http"
     return [Knobs(batch=b) for b in batches], lambda knobs: FakeServer(name, knobs, wire=wire, log=log, starts=starts)
@@ -99,20 +114,20 @@ def test_servers_take_turns_at_every_load() -> None:
     assert closed == [
         ("fast", 1, False),
         ("slow", 1, False),
-        ("fast", 64, False),
         ("slow", 64, False),
+        ("fast", 64, False),
         ("fast", 1, True),
     ]
     # 210 a second at best, in four steps of 50. The slow one bears 110 and is refined while the other still climbs.
     assert loads(one.points) == [
         ("fast", 50),
         ("slow", 50),
-        ("fast", 100),
         ("slow", 100),
+        ("fast", 100),
         ("fast", 150),
         ("slow", 150),
-        ("fast", 200),
         ("slow", 125),
+        ("fast", 200),
         ("fast", 250),
         ("fast", 225),
     ]
@@ -130,7 +145,61 @@ def test_a_server_that_does_not_start_is_left_out() -> None:
     one = sweep()
     one.run(1, [contender("fast", []), contender("slow", [], starts=False)])
     assert {p.server for p in one.points} == {"fast"}
-    assert one.unavailable == {"slow": "slow ended with status 1: no model"}
+    assert one.unavailable == {"slow, beam 1": "slow ended with status 1: no model"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        pytest.param(URLError("refused"), "URLError: <urlopen error refused>", id="its metrics page"),
+        pytest.param(RuntimeError("the load\ngenerator failed"), "RuntimeError: the load generator failed", id="the generator"),
+        pytest.param(ValueError("no number"), "ValueError: no number", id="what it says"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("load", "name", "kept"),
+    [
+        pytest.param(ClosedLoad(clients=64), "64 clients", ["1 clients"], id="closed loop"),
+        pytest.param(
+            OpenLoad(rate_per_s=100.0), "100/s offered", ["1 clients", "64 clients", "1 clients, streamed", "50/s"], id="rate"
+        ),
+    ],
+)
+def test_a_server_that_fails_at_a_load_is_left_out_from_there_on_and_all_points_stay(
+    error: Exception, reason: str, load: ClosedLoad | OpenLoad, name: str, kept: list[str]
+) -> None:
+    log: list[str] = []
+    bench = FailingBench(model="small", corpus=Corpus(texts=("a",)), at=("fast", load), error=error)
+    one = Sweep(bench, effort(), lambda line: None)
+    one.run(1, [contender("fast", log), contender("slow", log)])
+    assert [name_of(p) for p in one.points if p.server == "fast"] == kept
+    assert [name_of(p) for p in one.points if p.server == "slow"] == [
+        "1 clients",
+        "64 clients",
+        "50/s",
+        "100/s",
+        "150/s",
+        "125/s",
+    ]
+    assert one.unavailable == {f"fast, beam 1, {name}": f"{reason}; left out from there on"}
+    # At once, and once more with the block that started it.
+    assert log == ["start fast 1", "start slow 1", "stop fast 1", "stop slow 1", "stop fast 1"]
+
+
+def name_of(measured: LoadPoint) -> str:
+    if measured.rate_per_s is not None:
+        return f"{measured.rate_per_s:g}/s"
+    return f"{measured.clients} clients{', streamed' if measured.streamed else ''}"
+
+
+def test_a_setting_that_fails_in_its_trial_is_the_servers_fault() -> None:
+    bench = FailingBench(
+        model="small", corpus=Corpus(texts=("a",)), at=("fast", ClosedLoad(clients=64)), error=RuntimeError("no generator")
+    )
+    one = Sweep(bench, effort(trial=TIMES), lambda _: None)
+    one.run(1, [contender("fast", [], batches=(1, 2)), contender("slow", [])])
+    assert one.unavailable == {"fast, beam 1": "RuntimeError: no generator"}
+    assert {p.server for p in one.points} == {"slow"}
 
 
 def test_no_server_starts() -> None:
@@ -153,7 +222,13 @@ def test_settings_are_tried_and_the_best_is_taken() -> None:
 def test_a_setting_that_does_not_start_is_the_servers_fault() -> None:
     one = sweep(trial=TIMES)
     one.run(1, [contender("slow", [], batches=(1, 2), starts=False)])
-    assert set(one.unavailable) == {"slow"}
+    assert set(one.unavailable) == {"slow, beam 1"}
+
+
+def test_it_is_told_that_nothing_was_tuned() -> None:
+    one = sweep(trial=None)
+    one.run(1, [contender("slow", [], batches=(4, 5)), contender("fast", [])])
+    assert one.notes == ["slow, beam 1, runs with 4 rows a worker; nothing was tuned"]
 
 
 def test_the_shortest_tail_wins_among_those_that_are_fast() -> None:

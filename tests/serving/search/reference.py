@@ -6,6 +6,7 @@ import math
 
 from serving.request import DecodingOptions, FinishReason, Hypothesis
 from tests.serving.search.toy import EOS_ID, ToyModel
+from tests.support import score_of
 
 
 def _finish(prefix: tuple[int, ...], total: float, options: DecodingOptions) -> Hypothesis:
@@ -24,7 +25,7 @@ def _is_possible(token: int, log_prob: float, length: int, options: DecodingOpti
 
 
 def _best_first(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-    return sorted(hypotheses, key=lambda hypothesis: hypothesis.score, reverse=True)
+    return sorted(hypotheses, key=score_of, reverse=True)
 
 
 def greedy_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:

@@ -9,6 +9,7 @@ from serving.request import DecodingOptions, FinishReason, Hypothesis
 from serving.search import Advance, BeamSearch, Fork, make_lane_search
 from tests.serving.search.reference import all_hypotheses, beam_search
 from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyLane, ToyModel, decode
+from tests.support import score_of
 
 
 @pytest.mark.parametrize("min_target_tokens", [0, 2], ids="min{}".format)
@@ -68,7 +69,8 @@ def test_scores_and_reasons() -> None:
         assert hypothesis.score == pytest.approx(total / len(ids) ** 0.6, rel=1e-12)
         reasons.add(hypothesis.finish_reason)
     assert reasons == {FinishReason.EOS, FinishReason.LENGTH}
-    assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+    scores = [score_of(h) for h in hypotheses]
+    assert scores == sorted(scores, reverse=True)
 
 
 class _Script:

@@ -1,0 +1,149 @@
+"""What models of a single file have in common: NumPy's archives (``.npz``) and torch's pickles (``.pt``).
+
+Knows how to read them without running what is in them and without believing sizes that they only claim; does not know what their
+contents mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Weights hardly compress. An archive that unpacks to many times its size is no model, and could fill the memory.
+_MOST_UNPACKED = 20
+_UNPACKED_ANYWAY_BYTES = 2**24
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_npz(path: Path, faults: list[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive by name, none of Python objects; none at all after a fault, which goes to ``faults``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = _unpacked_faults(path, archive)
+            for info in archive.infolist() if not found else ():
+                with archive.open(info) as stream:
+                    fault = _header_fault(stream, info.file_size)
+                found += [f"{info.filename}: {fault}"] if fault else []
+        if not found:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    # A broken or hostile archive makes zipfile and NumPy raise nearly anything.
+    except Exception as error:
+        found = [f"cannot be read: {_first_line(error)}"]
+    faults += [f"{path.name}: {fault}" for fault in found]
+    return {}
+
+
+def read_pickle(path: Path, conversion: str, faults: list[str]) -> dict[str, Any]:
+    """What ``torch.save`` wrote of a dict; empty after a fault, which goes to ``faults``.
+
+    Read with ``weights_only``, which runs no code: beside tensors and plain values only ``argparse.Namespace`` is made, which
+    holds values and does nothing.
+
+    Args:
+        path: the file.
+        conversion: what to do, where the origin's library is installed, with a file that needs other classes.
+        faults: of the whole checkpoint so far.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if found := _unpacked_faults(path, archive):
+                    faults += [f"{path.name}: {fault}" for fault in found]
+                    return {}
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            document: Any = torch.load(path, map_location="cpu", weights_only=True)
+    # A broken or hostile pickle makes torch raise nearly anything.
+    except Exception as error:
+        faults.append(f"{path.name}: {_load_fault(error, conversion)}")
+        return {}
+    if not isinstance(document, dict):
+        faults.append(f"{path.name}: holds no dict")
+        return {}
+    return document
+
+
+def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: list[str]) -> dict[str, Tensor]:
+    """The tensors that a document of ``read_pickle`` has under ``field``; none after a fault, which goes to ``faults``."""
+    state = document.get(field)
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        faults.append(f"{file_name}: {field}: is no state dict")
+        return {}
+    odd = [f"{file_name}: {field}: {name}: {fault}" for name, tensor in state.items() if (fault := _tensor_fault(tensor))]
+    faults += odd
+    return {} if odd else dict(state)
+
+
+def fields_of(document: Any) -> dict[str, Any] | None:
+    """Settings that may be a dict or an ``argparse.Namespace``; None when they are neither."""
+    if isinstance(document, argparse.Namespace):
+        return vars(document)
+    return document if isinstance(document, dict) else None
+
+
+def _unpacked_faults(path: Path, archive: zipfile.ZipFile) -> list[str]:
+    names = archive.namelist()
+    packed_bytes, unpacked_bytes = path.stat().st_size, sum(info.file_size for info in archive.infolist())
+    faults = [f"{name}: is there {number} times" for name, number in Counter(names).items() if number > 1]
+    if unpacked_bytes > max(_MOST_UNPACKED * packed_bytes, _UNPACKED_ANYWAY_BYTES):
+        faults.append(f"unpacks to {unpacked_bytes} bytes, and is itself of {packed_bytes}; no model does that")
+    return faults
+
+
+def _header_fault(stream: IO[bytes], size_bytes: int) -> str | None:
+    """Why an archive's member is no array of numbers that is as large as it says; None when it is."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in read_header:
+            return f"is of version {version} of NumPy's format, which is not supported"
+        shape, _, dtype = read_header[version](stream)
+    except ValueError as error:
+        return f"is no array: {_first_line(error)}"
+    if dtype.hasobject:
+        return "holds Python objects, which are not read"
+    claimed_bytes = dtype.itemsize
+    for length in shape:
+        claimed_bytes *= length
+    if stream.tell() + claimed_bytes != size_bytes:
+        return f"has shape {list(shape)}, and other than so many values are stored"
+    return None
+
+
+def _load_fault(error: Exception, conversion: str) -> str:
+    # torch tells what it refused at the end of a page of advice.
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"needs {refused[1]}, which is not loaded since a pickle may run any code; {conversion}"
+    if reason := re.search(r"WeightsUnpickler error: (.*)", str(error)):
+        return f"cannot be read: {reason[1]}"
+    return f"cannot be read: {_first_line(error)}"
+
+
+def _tensor_fault(tensor: Any) -> str | None:
+    """Why what a file holds is no tensor of weights; None when it is one."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "is no dense tensor"
+    # One value may stand for any number of them: to look at all of them could take hours.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has shape {list(tensor.shape)}, and fewer values than that are stored"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,425 @@
+"""fairseq's translation models: a checkpoint as ``fairseq-train`` writes it, and its dictionaries.
+
+A directory with the checkpoint (``checkpoint_best.pt`` or another ``.pt``) and ``dict.<language>.txt`` of both sides, or the
+``.pt`` with these beside it; a SentencePiece model or byte-pair codes, where they lie there too, cut the text. Knows these files,
+the settings of fairseq's ``transformer`` and the names of its tensors, old ones too; does not know what a checkpoint becomes.
+
+**Settings** are the command line's, an ``argparse.Namespace`` under ``args`` or in ``cfg``; or ``cfg`` itself, of plain values.
+Files with OmegaConf's own classes are refused, and told how to be written anew. Settings that make the architecture are read with
+fairseq's defaults; what would make one that this project's module has no place for is refused, all at once.
+
+**What fairseq does its own way** (fairseq/modules, fairseq/data/dictionary.py): a dictionary's file starts at token 4, after
+``<s>``, ``<pad>``, ``</s>`` and ``<unk>``; a target starts with ``</s>``; positions count from 2, and computed ones are sines,
+then cosines, with rates 10000^(-i / (d/2 - 1)).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from export.checkpoint.archives import fields_of, file_sha256, read_pickle, weights_of
+from export.checkpoint.base import Checkpoint, read_samples
+from export.checkpoint.hugging_face import rename, setting_faults
+from export.checkpoint.vocabulary import Vocabularies, choose_tokenizer
+from export.model import Activation, ModelConfig
+from serving.bundle import LanguagePair, MosesSpec, field_faults
+from serving.errors import CheckpointError
+
+# The most telling names of a checkpoint; where there is none of them, the only ``.pt`` there is.
+MODEL_NAMES = ("checkpoint_best.pt", "model.pt", "checkpoint_last.pt")
+_DICTIONARY = re.compile(r"dict\.([^.]+)\.txt")
+_CONVERSION = (
+    "where fairseq is installed, and if you trust the file, write it anew without: "
+    'state = torch.load(FILE, weights_only=False); torch.save({"args": state.get("args"), "cfg": state.get("cfg") and '
+    'omegaconf.OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True), "model": state["model"]}, NEW_FILE)'
+)
+
+_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+_PAD_ID, _EOS_ID = 1, 2
+# Behind a token that may be there twice.
+_MAY_REPEAT = " #fairseq:overwrite"
+_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu"}
+_OFF = (None, False, 0)
+# Settings that would make another architecture, and the values with which they do not.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "adaptive_input": _OFF,
+    "adaptive_softmax_cutoff": (None, ""),
+    "base_layers": _OFF,
+    "char_inputs": _OFF,
+    "cross_self_attention": _OFF,
+    "decoder_add_adapters": _OFF,
+    "decoder_latent_layer": _OFF,
+    "decoder_layers_to_keep": (None, ""),
+    "decoder_recurrent_stacking": (None,),
+    "decoder_xformers_att_config": (None,),
+    "encoder_add_adapters": _OFF,
+    "encoder_latent_layer": _OFF,
+    "encoder_layers_to_keep": (None, ""),
+    "encoder_recurrent_stacking": (None,),
+    "encoder_xformers_att_config": (None,),
+    "merge_src_tgt_embed": _OFF,
+    "moe_freq": _OFF,
+    "no_cross_attention": _OFF,
+    "no_token_positional_embeddings": _OFF,
+    "scale_attn": _OFF,
+    "scale_fc": _OFF,
+    "scale_heads": _OFF,
+    "scale_resids": _OFF,
+    "task": (None, "translation"),
+    "use_factorized_embedding": _OFF,
+}
+# Tensors that are no weights of the architecture.
+_NO_WEIGHTS = ("version", "embed_positions._float_tensor", "embed_positions.weights")
+_PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
+_ATTENTIONS = {
+    "encoder": {"self_attn": "self_attention"},
+    "decoder": {"self_attn": "self_attention", "encoder_attn": "cross_attention"},
+}
+# What the norms of a layer were called when they were a list.
+_OLD_NORMS = {
+    "encoder": ("self_attn_layer_norm", "final_layer_norm"),
+    "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+}
+
+_Size = Annotated[int, Field(gt=0, le=2**24)]
+_Depth = Annotated[int, Field(gt=0, le=2**10)]
+_Length = Annotated[int, Field(gt=0, le=2**16)]
+
+
+def _set(default: Any) -> BeforeValidator:
+    """A setting that is there without a value has its default."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+class _FairseqConfig(BaseModel):
+    """The settings that make the architecture, with fairseq's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    arch: str = "transformer"
+    source_lang: Annotated[str, Field(min_length=1)] | None = None
+    target_lang: Annotated[str, Field(min_length=1)] | None = None
+    encoder_embed_dim: Annotated[_Size, _set(512)] = 512
+    encoder_ffn_embed_dim: Annotated[_Size, _set(2048)] = 2048
+    encoder_layers: Annotated[_Depth, _set(6)] = 6
+    encoder_attention_heads: Annotated[_Size, _set(8)] = 8
+    encoder_normalize_before: Annotated[bool, _set(False)] = False
+    encoder_learned_pos: Annotated[bool, _set(False)] = False
+    decoder_embed_dim: _Size | None = None
+    decoder_ffn_embed_dim: _Size | None = None
+    decoder_layers: Annotated[_Depth, _set(6)] = 6
+    decoder_attention_heads: Annotated[_Size, _set(8)] = 8
+    decoder_normalize_before: Annotated[bool, _set(False)] = False
+    decoder_learned_pos: Annotated[bool, _set(False)] = False
+    decoder_input_dim: _Size | None = None
+    decoder_output_dim: _Size | None = None
+    no_decoder_final_norm: Annotated[bool, _set(False)] = False
+    activation_fn: Annotated[str, _set("relu")] = "relu"
+    share_all_embeddings: Annotated[bool, _set(False)] = False
+    share_decoder_input_output_embed: Annotated[bool, _set(False)] = False
+    no_scale_embedding: Annotated[bool, _set(False)] = False
+    layernorm_embedding: Annotated[bool, _set(False)] = False
+    max_source_positions: Annotated[_Length, _set(1024)] = 1024
+    max_target_positions: Annotated[_Length, _set(1024)] = 1024
+
+    def architecture_faults(self) -> list[str]:
+        """Every setting that contradicts another, or that this project's module has no place for."""
+        faults = []
+        if not self.arch.startswith("transformer") or self.arch.startswith("transformer_lm"):
+            faults.append(f"arch: {self.arch!r} is not supported, only those of the encoder-decoder 'transformer'")
+        if self.activation_fn not in _ACTIVATIONS:
+            supported = " or ".join(map(repr, _ACTIVATIONS))
+            faults.append(f"activation_fn: {self.activation_fn!r} is not supported, only {supported}")
+        d = self.encoder_embed_dim
+        for name in ("decoder_embed_dim", "decoder_input_dim", "decoder_output_dim"):
+            if getattr(self, name) not in (None, d):
+                faults.append(f"{name}: {getattr(self, name)} is not supported beside encoder_embed_dim {d}, only the same")
+        for name in ("attention_heads", "normalize_before"):
+            encoder, decoder = getattr(self, f"encoder_{name}"), getattr(self, f"decoder_{name}")
+            if encoder != decoder:
+                faults.append(f"encoder_{name}, decoder_{name}: {encoder} and {decoder}; different ones are not supported")
+        if d % self.encoder_attention_heads or d % 2 or d < 4:
+            faults.append(
+                f"encoder_embed_dim: {d} is no multiple of 2 and of encoder_attention_heads {self.encoder_attention_heads}"
+            )
+        if self.decoder_normalize_before and self.no_decoder_final_norm:
+            faults.append("no_decoder_final_norm: True is not supported beside decoder_normalize_before")
+        return faults
+
+    def architecture(self, source_vocab_size: int, target_vocab_size: int) -> ModelConfig:
+        """The same for ``Transformer``; only where there are no faults."""
+        return ModelConfig(
+            source_vocab_size=source_vocab_size,
+            target_vocab_size=target_vocab_size,
+            d_model=self.encoder_embed_dim,
+            num_heads=self.encoder_attention_heads,
+            num_encoder_layers=self.encoder_layers,
+            num_decoder_layers=self.decoder_layers,
+            encoder_d_ff=self.encoder_ffn_embed_dim,
+            decoder_d_ff=self.decoder_ffn_embed_dim or self.encoder_ffn_embed_dim,
+            norm="pre" if self.encoder_normalize_before else "post",
+            activation=_ACTIVATIONS[self.activation_fn],
+            positions="learned",
+            max_positions=min(self.max_source_positions, self.max_target_positions),
+            scale_embedding=not self.no_scale_embedding,
+            share_embeddings=self.share_all_embeddings,
+            tie_output=self.share_all_embeddings or self.share_decoder_input_output_embed,
+            embedding_norm=self.layernorm_embedding,
+            layer_norm_eps=1e-5,
+            pad_id=_PAD_ID,
+            eos_id=_EOS_ID,
+            decoder_start_id=_EOS_ID,
+        )
+
+
+class FairseqReader:
+    """Reads this format; see ``CheckpointReader``."""
+
+    description = f"fairseq ({MODEL_NAMES[0]} with dict.<language>.txt of both sides; or the .pt)"
+
+    def recognizes(self, path: Path) -> bool:
+        """Whether dictionaries lie beside a ``.pt``: no other format has both."""
+        if path.is_dir():
+            return bool(_dictionaries_in(path)) and bool(_models_in(path))
+        return path.suffix == ".pt" and path.is_file() and bool(_dictionaries_in(path.parent))
+
+    def read(self, path: Path) -> Checkpoint:
+        """Read and check the whole checkpoint.
+
+        Raises:
+            CheckpointError: with every fault. Tensors are looked at only when settings and dictionaries are known.
+        """
+        faults: list[str] = []
+        directory = path if path.is_dir() else path.parent
+        models = _models_in(path) if path.is_dir() else [path]
+        if len(models) != 1:
+            names = ", ".join(model.name for model in models)
+            raise CheckpointError(
+                path, [f"one checkpoint is needed, and there are several: {names}; an ensemble is not supported"]
+            )
+        model_path = models[0]
+        document = read_pickle(model_path, _CONVERSION, faults)
+        arguments = _arguments(document, model_path.name, faults) if document else None
+        settings = _settings(arguments, model_path.name, faults) if arguments is not None else None
+        state = weights_of(document, "model", model_path.name, faults) if document else {}
+        dictionaries = _read_dictionaries(directory, settings, faults) if settings else None
+        sample_lines = read_samples(directory, faults)
+        if arguments is None or settings is None or dictionaries is None or not state:
+            raise CheckpointError(path, faults)
+        source, target = dictionaries
+        if settings.share_all_embeddings and source.ids != target.ids:
+            raise CheckpointError(
+                path, [*faults, f"{model_path.name}: share_all_embeddings: the dictionaries of source and target differ"]
+            )
+        config = settings.architecture(source.size, target.size)
+        tensors = _tensors(config, settings, state, model_path.name, faults)
+        vocabularies = Vocabularies(source=source.ids, target=target.ids, special_tokens=_SPECIAL_TOKENS)
+        choice = choose_tokenizer(directory, vocabularies, faults, moses=_moses(arguments, settings))
+        if faults or choice is None:
+            raise CheckpointError(path, faults)
+        assert settings.source_lang is not None
+        assert settings.target_lang is not None
+        return Checkpoint(
+            name=directory.resolve().name if path.is_dir() else model_path.stem,
+            config=config,
+            tensors=tensors,
+            languages=[LanguagePair(source=settings.source_lang, target=settings.target_lang)],
+            tokenizer=choice.spec,
+            tokenizer_files=choice.files,
+            weights_sha256=file_sha256(model_path),
+            sample_lines=sample_lines,
+            warnings=choice.warnings,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Dictionary:
+    # Token -> id.
+    ids: dict[str, int]
+    # Rows of the embedding.
+    size: int
+
+
+def position_table(num_positions: int, d_model: int) -> Tensor:
+    """Positions of fairseq, from the first token's on: sines, then cosines, of p * 10000^(-i / (d/2 - 1)), p from 2.
+
+    Returns:
+        [num_positions, d_model] float32.
+    """
+    num_rates = d_model // 2
+    rate = torch.exp(torch.arange(num_rates, dtype=torch.float32) * -(math.log(10000.0) / (num_rates - 1)))
+    first = _PAD_ID + 1
+    angle = torch.arange(first, first + num_positions, dtype=torch.float32)[:, None] * rate  # [num_positions, d_model / 2]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def tensor_names(config: ModelConfig) -> dict[str, str]:
+    """Name in fairseq -> ours, of every tensor; a shared matrix has several."""
+    names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _parameter_names(config) for kind in ("weight", "bias")}
+    for side in ("decoder", "encoder"):
+        names[f"{side}.embed_tokens.weight"] = f"{side}.embedding.tokens.weight"
+        names[f"{side}.embed_positions.weight"] = f"{side}.embedding.position_table"
+    names["decoder.output_projection.weight"] = "output.weight"
+    # As it was called before.
+    names["decoder.embed_out"] = "output.weight"
+    return names
+
+
+def _parameter_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(fairseq's name, ours) of every projection and norm, without ``.weight`` and ``.bias``."""
+    for side, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        for i in range(depth):
+            layer = f"{side}.layers.{i}"
+            for attn, attention in _ATTENTIONS[side].items():
+                for proj, projection in _PROJECTIONS.items():
+                    yield f"{layer}.{attn}.{proj}", f"{layer}.{attention}.{projection}"
+                yield f"{layer}.{attn}_layer_norm", f"{layer}.{attention}_residual.norm"
+            yield f"{layer}.fc1", f"{layer}.feed_forward.inner"
+            yield f"{layer}.fc2", f"{layer}.feed_forward.outer"
+            yield f"{layer}.final_layer_norm", f"{layer}.feed_forward_residual.norm"
+        if config.norm == "pre":
+            yield f"{side}.layer_norm", f"{side}.final_norm"
+        if config.embedding_norm:
+            yield f"{side}.layernorm_embedding", f"{side}.embedding.norm"
+
+
+def _models_in(directory: Path) -> list[Path]:
+    for name in MODEL_NAMES:
+        if (directory / name).is_file():
+            return [directory / name]
+    return sorted(directory.glob("*.pt"))
+
+
+def _dictionaries_in(directory: Path) -> dict[str, Path]:
+    """Language -> its dictionary."""
+    found = ((_DICTIONARY.fullmatch(path.name), path) for path in sorted(directory.glob("dict.*.txt")))
+    return {match[1]: path for match, path in found if match}
+
+
+def _arguments(document: Mapping[str, Any], file_name: str, faults: list[str]) -> dict[str, Any] | None:
+    """The settings of task and model by their names on the command line; None after a fault."""
+    if arguments := fields_of(document.get("args")):
+        return arguments
+    parts = fields_of(document.get("cfg")) or {}
+    model = fields_of(parts.get("model"))
+    if model is None:
+        faults.append(f"{file_name}: has no settings under args, nor under cfg: model")
+        return None
+    task = fields_of(parts.get("task")) or {}
+    # The model's count where both state one.
+    arguments = {**task, **model, "tokenizer": parts.get("tokenizer")}
+    for side in ("encoder", "decoder"):
+        # Newer ones are parted by side.
+        if isinstance(own := arguments.get(side), dict):
+            arguments |= {f"{side}_{name}": value for name, value in own.items()}
+    arguments["task"] = task.get("_name", arguments.get("task"))
+    arguments["arch"] = model.get("arch", model.get("_name", "transformer"))
+    return arguments
+
+
+def _settings(arguments: Mapping[str, Any], file_name: str, faults: list[str]) -> _FairseqConfig | None:
+    found = setting_faults(arguments, _ONLY)
+    settings = None
+    try:
+        settings = _FairseqConfig.model_validate(dict(arguments))
+        found += settings.architecture_faults()
+    except ValidationError as error:
+        found += field_faults(error.errors())
+    faults += [f"{file_name}: {fault}" for fault in found]
+    return None if found else settings
+
+
+def _read_dictionaries(directory: Path, settings: _FairseqConfig, faults: list[str]) -> tuple[_Dictionary, _Dictionary] | None:
+    """Of source and target; None after a fault."""
+    paths = _dictionaries_in(directory)
+    if settings.source_lang is None or settings.target_lang is None:
+        faults.append("source_lang, target_lang: are not stated, so that source and target cannot be told apart")
+        return None
+    read: dict[str, _Dictionary] = {}
+    for language in dict.fromkeys((settings.source_lang, settings.target_lang)):
+        # A language may be called anything; only what lies in the directory is read.
+        if language not in paths:
+            faults.append(f"dict.{language}.txt: is missing")
+            continue
+        try:
+            read[language] = _read_dictionary(paths[language])
+        except (OSError, ValueError) as error:
+            faults.append(f"{paths[language].name}: {error}")
+    if not {settings.source_lang, settings.target_lang} <= read.keys():
+        return None
+    return read[settings.source_lang], read[settings.target_lang]
+
+
+def _read_dictionary(path: Path) -> _Dictionary:
+    """A line is a token, its count and maybe a flag. Raises ValueError for what is no dictionary."""
+    ids = {token: i for i, token in enumerate(_SPECIAL_TOKENS)}
+    size = len(ids)
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            token, _, count = line.rstrip().removesuffix(_MAY_REPEAT).rpartition(" ")
+            if not token or not re.fullmatch(r"-?[0-9]+", count):
+                raise ValueError(f"line {size - len(_SPECIAL_TOKENS) + 1} is no token with its count")
+            if token in ids and not line.rstrip().endswith(_MAY_REPEAT):
+                raise ValueError(f"{token!r} is there twice")
+            # The later one is meant where one is there twice; both have rows of the embedding.
+            ids[token] = size
+            size += 1
+    return _Dictionary(ids, size)
+
+
+def _tensors(
+    config: ModelConfig, settings: _FairseqConfig, state: Mapping[str, Tensor], file_name: str, faults: list[str]
+) -> dict[str, Tensor]:
+    """Tensors by our names; what is wrong with them goes to ``faults``."""
+    stored = {name: tensor for name, tensor in _renewed(state) if name.partition(".")[2] not in _NO_WEIGHTS}
+    for side, is_learned in (("encoder", settings.encoder_learned_pos), ("decoder", settings.decoder_learned_pos)):
+        name = f"{side}.embed_positions.weight"
+        if not is_learned:
+            stored[name] = position_table(config.max_positions, config.d_model)
+        elif name in stored:
+            # The rows of padding and of what is before it are for no token.
+            stored[name] = stored[name][_PAD_ID + 1 :][: config.max_positions]
+    return rename(config, stored, tensor_names(config), file_name, faults)
+
+
+def _renewed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by the names that they have today."""
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name):
+            # Queries, keys and values were one product.
+            for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=False):
+                yield f"{match[1]}{projection}.{match[2]}", part
+        elif match := re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.([0-2])\.(weight|bias)", name):
+            norms = _OLD_NORMS[match[2]]
+            yield (f"{match[1]}.{norms[int(match[3])]}.{match[4]}" if int(match[3]) < len(norms) else name), tensor
+        else:
+            yield name, tensor
+
+
+def _moses(arguments: Mapping[str, Any], settings: _FairseqConfig) -> MosesSpec | None:
+    """How words are cut, where the settings name Moses' tokenizer; as a rule only those of ``fairseq-interactive`` do."""
+    tokenizer = arguments.get("tokenizer")
+    options = tokenizer if isinstance(tokenizer, dict) else arguments
+    name = tokenizer.get("_name") if isinstance(tokenizer, dict) else tokenizer
+    if name != "moses" or settings.source_lang is None or settings.target_lang is None:
+        return None
+    return MosesSpec(
+        source_language=settings.source_lang,
+        target_language=settings.target_lang,
+        normalize_punctuation=False,
+        aggressive_dash_splits=not _option(options, "no_dash_splits"),
+        escape=not _option(options, "no_escape"),
+    )
+
+
+def _option(options: Mapping[str, Any], name: str) -> bool:
+    return bool(options.get(name) or options.get(f"moses_{name}"))

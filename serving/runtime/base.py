@@ -1,0 +1,212 @@
+"""What the engine asks of a session and of a lane's decoder, and what is the same wherever the graphs run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import DTypeLike, NDArray
+
+from serving.bundle import Bundle
+from serving.errors import BundleError
+from serving.kv_cache import CacheGeometry, EncodedSource, RowCache
+from serving.runtime.graphs import run_graph
+
+_CACHE_TYPES: dict[str, DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+_SMALLEST_SOURCE_CAPACITY = 32
+# Where a source costs its own length, sources up to so many tokens share a lane.
+_LONGEST_SHARED_SOURCE = 128
+# A cache's capacity in tokens is a multiple of this: a row whose part is not used still costs the way past it.
+_SOURCE_CAPACITY_STEP = 8
+
+
+class ModelSession(ABC):
+    """Both graphs, loaded once; any number of threads may run them, each on its own arrays."""
+
+    def __init__(self, bundle: Bundle, decoder: ort.InferenceSession) -> None:
+        """What a bundle and its decoder tell of themselves.
+
+        Raises:
+            BundleError: the decoder is not of this format.
+        """
+        architecture = bundle.manifest.architecture
+        self.eos_id = bundle.manifest.ids.eos
+        self.pad_id = bundle.manifest.ids.pad
+        self.decoder_start_id = bundle.manifest.ids.decoder_start
+        # Candidates that a step can return for each row.
+        self.max_candidates = bundle.manifest.limits.max_candidates
+        self.geometry = CacheGeometry(
+            num_tensors=2 * architecture.num_decoder_layers,
+            num_heads=architecture.num_heads,
+            head_dim=architecture.head_dim,
+            dtype=_cache_type(bundle, decoder),
+        )
+        # Whether a source costs its own length in every step, or that of the lane's capacity.
+        self._is_ragged = "cross_cache_kept.0" in {output.name for output in decoder.get_outputs()}
+
+    @abstractmethod
+    def encode(
+        self, source_ids: NDArray[np.int64], source_lengths: NDArray[np.int32], *, alone: bool = False
+    ) -> Sequence[EncodedSource]:
+        """Encode a batch.
+
+        Args:
+            source_ids: [sources, S], padded to the right.
+            source_lengths: [sources].
+            alone: whether the CPUs of other workers are idle.
+
+        Returns:
+            Of each source, its cross-attention keys and values: what the caches of this session's ``make_cache`` take.
+
+        Raises:
+            EngineError: the runtime failed.
+        """
+
+    @abstractmethod
+    def make_cache(self, *, num_slots: int, width: int, target_capacity: int, source_capacity: int) -> RowCache:
+        """Empty caches of a lane, where this session's graphs run."""
+
+    @abstractmethod
+    def bind(
+        self, cache: RowCache, target_ids: NDArray[np.int64], positions: NDArray[np.int32], num_candidates: int
+    ) -> LaneDecoder:
+        """The decoder graph over one lane's arrays and a cache of ``make_cache``; see ``LaneDecoder``."""
+
+    def source_bucket(self, length: int) -> int:
+        """Sources of one bucket may share a lane.
+
+        A lane that pads its sources to its capacity has those of one power of two: what becomes of a source must follow from
+        its own length alone. Where a source costs its own length, usual ones share a lane, whose memory no long one makes grow.
+        """
+        smallest = _LONGEST_SHARED_SOURCE if self._is_ragged else _SMALLEST_SOURCE_CAPACITY
+        return max(smallest, 1 << (length - 1).bit_length())
+
+    def source_capacity(self, length: int) -> int:
+        """Tokens of source that a lane makes room for when one of so many comes."""
+        if not self._is_ragged:
+            return self.source_bucket(length)
+        return max(_SMALLEST_SOURCE_CAPACITY, -(-length // _SOURCE_CAPACITY_STEP) * _SOURCE_CAPACITY_STEP)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step says of the next tokens: the lane's own arrays, which the next step writes anew."""
+
+    # [sources, W, K], best first.
+    candidate_ids: NDArray[np.int64]
+    # Their log-probabilities, or else their logits.
+    candidate_log_probs: NDArray[np.float32]
+    # [sources, W, padded vocabulary], where they were wanted.
+    logits: NDArray[np.float32] | None
+
+
+class LaneDecoder(ABC):
+    """Decoder steps of one lane.
+
+    Bindings are made once for each number of sources and kept, so that a step hands nothing over but a call: the graph
+    reads and writes the caches where they are.
+    """
+
+    def __init__(self, target_ids: NDArray[np.int64], positions: NDArray[np.int32], num_candidates: int) -> None:
+        """Bind arrays by address: target_ids and positions [slots, width] must stay the same objects."""
+        slots, width = target_ids.shape
+        self._target_ids = target_ids
+        self._positions = positions
+        self._longest = np.zeros((), np.int32)
+        self._log_probs_wanted = np.ones((), np.bool_)
+        self._ranks = np.arange(num_candidates, dtype=np.int64)
+        self._candidate_ids = np.zeros((slots, width, num_candidates), np.int64)
+        self._candidate_log_probs = np.zeros((slots, width, num_candidates), np.float32)
+        # [slots, width, padded vocabulary], once somebody wants them.
+        self._logits: NDArray[np.float32] | None = None
+        self._bindings: dict[Hashable, ort.IOBinding] = {}
+
+    def rebind(self) -> None:
+        """Forget every binding: the cache's memory is new."""
+        self._bindings.clear()
+
+    def step(
+        self,
+        num_sources: int,
+        longest: int,
+        *,
+        log_probs_wanted: bool = True,
+        logits_wanted: bool = False,
+        alone: bool = False,
+    ) -> Stepped:
+        """Decode one token of every row of the first ``num_sources`` slots.
+
+        Args:
+            num_sources: slots in use.
+            longest: 1 + the largest position of any of their rows.
+            log_probs_wanted: otherwise candidates may come with their logits instead.
+            logits_wanted: all logits too.
+            alone: whether the CPUs of other workers are idle.
+
+        Raises:
+            EngineError: the runtime failed; the rows' caches are then in no defined state.
+        """
+        self._longest[...] = longest
+        self._log_probs_wanted[...] = log_probs_wanted
+        session = self._session(alone=alone)
+        key = self._prepare(num_sources, session), logits_wanted
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = self._bindings[key] = session.io_binding()
+            self._bind_host(binding, num_sources)
+            self._bind_memory(binding, num_sources)
+            if logits_wanted:
+                self._bind_logits(binding, num_sources, session)
+        run_graph(session, binding)
+        return Stepped(
+            self._candidate_ids[:num_sources],
+            self._candidate_log_probs[:num_sources],
+            self._logits[:num_sources] if logits_wanted and self._logits is not None else None,
+        )
+
+    @abstractmethod
+    def _session(self, *, alone: bool) -> ort.InferenceSession:
+        """The decoder to run."""
+
+    @abstractmethod
+    def _prepare(self, num_sources: int, session: ort.InferenceSession) -> Hashable:
+        """Bring everything to where the graph reads it; returns what the binding depends on."""
+
+    @abstractmethod
+    def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
+        """Bind the caches and what is said of each row."""
+
+    def _bind_host(self, binding: ort.IOBinding, num_sources: int) -> None:
+        """Bind what is in host memory on every device: what operators read there, and what is for the search."""
+        inputs = {"longest": self._longest, "candidate_ranks": self._ranks, "log_probs_wanted": self._log_probs_wanted}
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, values in (("candidate_ids", self._candidate_ids), ("candidate_log_probs", self._candidate_log_probs)):
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(values[:num_sources]))
+
+    def _bind_logits(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
+        if self._logits is None:
+            (columns,) = (output.shape[2] for output in session.get_outputs() if output.name == "logits")
+            self._logits = np.zeros((*self._target_ids.shape, columns), np.float32)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[:num_sources]))
+
+
+def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Ragged source ids -> ids [sources, longest] padded to the right, and lengths [sources]."""
+    lengths = np.array([len(source) for source in sources], np.int32)
+    ids = np.full((len(sources), int(lengths.max())), pad_id, np.int64)
+    for row, source in zip(ids, sources, strict=True):
+        row[: len(source)] = source
+    return ids, lengths
+
+
+def _cache_type(bundle: Bundle, decoder: ort.InferenceSession) -> DTypeLike:
+    """What the decoder keeps its caches in."""
+    types = {graph_input.name: str(graph_input.type) for graph_input in decoder.get_inputs()}
+    found = types.get("self_cache.0", "missing")
+    if found not in _CACHE_TYPES:
+        raise BundleError(bundle.directory, [f"{bundle.decoder_path.name}: input self_cache.0 is {found}"])
+    return _CACHE_TYPES[found]

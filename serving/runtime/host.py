@@ -1,0 +1,113 @@
+"""The graphs on the CPU, over arrays in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from serving.bundle import Bundle
+from serving.kv_cache import EncodedSource, LaneCache, RowCache
+from serving.runtime.base import LaneDecoder, ModelSession
+from serving.runtime.graphs import load_graphs, run_graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    """Both graphs with one number of threads."""
+
+    encoder: ort.InferenceSession
+    decoder: ort.InferenceSession
+
+
+class HostModelSession(ModelSession):
+    """The graphs on the CPU: for many workers at once, and on more threads for one that is alone."""
+
+    def __init__(self, bundle: Bundle, *, threads: int = 1, lone_threads: int = 1) -> None:
+        """Load the graphs; see ``open_session``, which checks first that there are kernels for them.
+
+        Raises:
+            BundleError: a graph that cannot be loaded, or is not of this format.
+        """
+
+        def load(threads: int) -> _Graphs:
+            return _Graphs(*load_graphs(bundle, (bundle.encoder_path, bundle.decoder_path), device="cpu", threads=threads))
+
+        self._shared = load(threads)
+        self._lone = load(lone_threads) if lone_threads > threads else self._shared
+        super().__init__(bundle, self._shared.decoder)
+
+    def encode(
+        self, source_ids: NDArray[np.int64], source_lengths: NDArray[np.int32], *, alone: bool = False
+    ) -> Sequence[EncodedSource]:
+        """Encode a batch: [tensors, heads, S, head_dim] of each source, meaningless at padded positions."""
+        g = self.geometry
+        encoder = (self._lone if alone else self._shared).encoder
+        encoded = np.empty((g.num_tensors, source_ids.shape[0], g.num_heads, source_ids.shape[1], g.head_dim), g.dtype)
+        binding = encoder.io_binding()
+        binding.bind_ortvalue_input("source_ids", ort.OrtValue.ortvalue_from_numpy(source_ids))
+        binding.bind_ortvalue_input("source_lengths", ort.OrtValue.ortvalue_from_numpy(source_lengths))
+        binding.bind_ortvalue_output("cross_cache", ort.OrtValue.ortvalue_from_numpy(encoded))
+        run_graph(encoder, binding)
+        return [encoded[:, i] for i in range(source_ids.shape[0])]
+
+    def make_cache(self, *, num_slots: int, width: int, target_capacity: int, source_capacity: int) -> RowCache:
+        """Empty caches of a lane, in host memory."""
+        return LaneCache(
+            self.geometry, num_slots=num_slots, width=width, target_capacity=target_capacity, source_capacity=source_capacity
+        )
+
+    def bind(
+        self, cache: RowCache, target_ids: NDArray[np.int64], positions: NDArray[np.int32], num_candidates: int
+    ) -> LaneDecoder:
+        """The decoder graph over one lane's arrays and a cache of ``make_cache``; see ``LaneDecoder``."""
+        assert isinstance(cache, LaneCache)
+        return HostLaneDecoder(self._shared.decoder, self._lone.decoder, cache, target_ids, positions, num_candidates)
+
+
+class HostLaneDecoder(LaneDecoder):
+    """Decoder steps over arrays in host memory."""
+
+    def __init__(
+        self,
+        shared: ort.InferenceSession,
+        lone: ort.InferenceSession,
+        cache: LaneCache,
+        target_ids: NDArray[np.int64],
+        positions: NDArray[np.int32],
+        num_candidates: int,
+    ) -> None:
+        super().__init__(target_ids, positions, num_candidates)
+        self._shared = shared
+        self._lone = lone
+        self._keeps_cross_cache = "cross_cache_kept.0" in {output.name for output in shared.get_outputs()}
+        self._cache = cache
+
+    def _session(self, *, alone: bool) -> ort.InferenceSession:
+        return self._lone if alone else self._shared
+
+    def _prepare(self, num_sources: int, session: ort.InferenceSession) -> Hashable:
+        return num_sources, session is self._shared
+
+    def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
+        cache = self._cache
+        inputs = {
+            "target_ids": self._target_ids[:num_sources],
+            "positions": self._positions[:num_sources],
+            "source_lengths": cache.source_lengths[:num_sources],
+        }
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        # The same value as input and output: the operators work in place.
+        for i, tensor in enumerate(cache.self_attention):
+            value = ort.OrtValue.ortvalue_from_numpy(tensor[: num_sources * cache.width])
+            binding.bind_ortvalue_input(f"self_cache.{i}", value)
+            binding.bind_ortvalue_output(f"self_cache_appended.{i}", value)
+        for i, tensor in enumerate(cache.cross_attention):
+            value = ort.OrtValue.ortvalue_from_numpy(tensor[:num_sources])
+            binding.bind_ortvalue_input(f"cross_cache.{i}", value)
+            if self._keeps_cross_cache:
+                binding.bind_ortvalue_output(f"cross_cache_kept.{i}", value)

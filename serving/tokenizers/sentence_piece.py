@@ -1,0 +1,85 @@
+"""SentencePiece models whose own numbers are the token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from serving.bundle import TokenizerSpec
+from serving.tokenizers.base import TokenizerFiles, contents_of, without_incomplete_character
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model for each side; may be one and the same. Any number of threads may use it."""
+
+    def __init__(self, source: sentencepiece.SentencePieceProcessor, target: sentencepiece.SentencePieceProcessor) -> None:
+        """From loaded models; see ``load``."""
+        self._source = source
+        self._target = target
+
+    @classmethod
+    def load(cls, spec: TokenizerSpec, files: TokenizerFiles) -> SentencePieceTokenizer:
+        """Load both models; one file for both sides is loaded once.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is no SentencePiece model, or one whose text cannot be told piece by piece.
+        """
+        models = {name: load_model(name, contents_of(files, name)) for name in spec.file_names}
+        return cls(models[spec.source_model], models[spec.target_model])
+
+    @property
+    def source_vocab_size(self) -> int:
+        """Pieces of the source model."""
+        return self._source.get_piece_size()
+
+    @property
+    def target_vocab_size(self) -> int:
+        """Pieces of the target model."""
+        return self._target.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``. Markers spelled out in the text (``</s>``) are text, never markers."""
+        text.encode()  # SentencePiece's own complaint about a lone surrogate names neither the place nor the cause
+        return self._source.encode(text)  # type: ignore[no-any-return]  # of a str it is a list[int]; the stub is a union
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        return self._target.decode(list(ids))  # type: ignore[no-any-return]  # of a list[int] it is a str; the stub is a union
+
+    def certain_text(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.certain_text``."""
+        return without_incomplete_character(self.decode(ids))
+
+    def vocabulary_faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
+        """See ``ModelTokenizer``.
+
+        More pieces than embeddings make ids that the model does not know, fewer leave the model's tokens without text.
+        """
+        return [
+            f"tokenizer: its {side} model has {pieces} pieces, the {side} vocabulary {size}"
+            for side, pieces, size in (
+                ("source", self.source_vocab_size, source_vocab_size),
+                ("target", self.target_vocab_size, target_vocab_size),
+            )
+            if pieces != size
+        ]
+
+
+def load_model(name: str, serialized: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model.
+
+    Raises:
+        ValueError: it is none, or one whose text cannot be told piece by piece; names the file.
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(serialized)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: is no SentencePiece model: {error}") from error
+    model = sentencepiece_model_pb2.ModelProto.FromString(serialized)  # type: ignore[attr-defined]  # made at import
+    if model.denormalizer_spec.precompiled_charsmap:
+        raise ValueError(f"{name}: rewrites text after decoding (denormalization rules); such models are not supported")
+    return processor

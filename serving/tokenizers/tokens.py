@@ -1,0 +1,63 @@
+"""Text that comes as tokens, and leaves as tokens: somebody else cuts it and puts it together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from serving.bundle import TokensTokenizerSpec
+from serving.tokenizers.base import (
+    TokenizerFiles,
+    check_special_tokens,
+    contents_of,
+    read_vocabulary,
+    vocabulary_faults,
+    without_tokens,
+)
+
+
+class TokensTokenizer:
+    """Tokens are what has white space between; ids are those of the vocabularies. Any number of threads may use it."""
+
+    def __init__(
+        self,
+        source_vocabulary: Mapping[str, int],
+        target_vocabulary: Mapping[str, int],
+        unknown_id: int,
+        special_tokens: Sequence[str] = (),
+    ) -> None:
+        """From vocabularies, token -> id; see ``load``."""
+        self._largest_ids = max(unknown_id, *source_vocabulary.values()), max(target_vocabulary.values())
+        self._unknown_id = unknown_id
+        self._ids = without_tokens(source_vocabulary, special_tokens)
+        self._tokens = {i: token for token, i in without_tokens(target_vocabulary, special_tokens).items()}
+
+    @classmethod
+    def load(cls, spec: TokensTokenizerSpec, files: TokenizerFiles) -> TokensTokenizer:
+        """Load the vocabularies.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is no vocabulary, or a special token is in none.
+        """
+        source, target = (
+            read_vocabulary(name, contents_of(files, name)) for name in (spec.source_vocabulary, spec.target_vocabulary)
+        )
+        check_special_tokens(spec.special_tokens, source, target)
+        return cls(source, target, spec.unknown_id, spec.special_tokens)
+
+    def vocabulary_faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
+        """See ``ModelTokenizer``."""
+        return vocabulary_faults(*self._largest_ids, source_vocab_size, target_vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``. A token that the source vocabulary lacks, or that is no text, becomes the unknown one."""
+        text.encode()  # a lone surrogate is refused, although it might be unknown like any other
+        return [self._ids.get(token, self._unknown_id) for token in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``. Tokens with a space between each two."""
+        return " ".join(token for i in ids if (token := self._tokens.get(i)))
+
+    def certain_text(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.certain_text``. All of it: what follows is appended."""
+        return self.decode(ids)

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export.checkpoint import Checkpoint, build_model, read_checkpoint
+from export.pipeline import export_bundle
+from serving.bundle import LanguageTokens
+from serving.errors import CheckpointError
+from serving.tokenizers import load_tokenizer, open_tokenizer
+from tests import origins
+from tests.support import SAMPLE_LINES, tiny_sentencepiece
+from tests.vocabularies import marian_vocabulary
+
+VOCABULARY = marian_vocabulary(tiny_sentencepiece())
+VOCAB_SIZE = len(VOCABULARY)
+SETTINGS = {
+    **origins.MARIAN_SETTINGS,
+    "dim-vocabs": [VOCAB_SIZE, VOCAB_SIZE],
+    "dim-emb": 16,
+    "transformer-heads": 2,
+    "transformer-dim-ffn": 24,
+    "dec-depth": 1,
+}
+DECODER = "relative-paths: true\nmodels:\n  - model.npz\nvocabs:\n  - vocab.yml\n  - vocab.yml\nbeam-size: 6\nnormalize: 1\n"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "en-de"
+    made.mkdir()
+    write(made)
+    origins.write_marian_vocabulary(made / "vocab.yml", VOCABULARY)
+    (made / "decoder.yml").write_text(DECODER)
+    for name in ("source.spm", "target.spm"):
+        (made / name).write_bytes(tiny_sentencepiece())
+    return made
+
+
+def write(directory: Path, change: Callable[[dict[str, NDArray[Any]]], object] | None = None, **settings: Any) -> None:
+    changed = {**SETTINGS, **{name.replace("_", "-"): value for name, value in settings.items()}}
+    arrays = origins.marian_arrays(changed)
+    if change is not None:
+        change(arrays)
+    origins.write_marian_npz(directory / "model.npz", changed, arrays)
+
+
+def faults_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(CheckpointError, match=r"checkpoint .* cannot be used") as caught:
+        read_checkpoint(path)
+    return caught.value.faults
+
+
+def assert_computes(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """The same as Marian, as ``tests/origins.py`` has it."""
+    config, arrays = checkpoint.config, origins.marian_arrays(settings)
+    source, prefix = [5, 9, 12, 0], [7, 3, 20]
+    its = origins.marian_logits(settings, arrays, source, prefix)
+    with torch.no_grad():
+        target_ids = torch.tensor([[config.decoder_start_id, *prefix]])
+        mine = build_model(checkpoint)(torch.tensor([source]), torch.tensor([len(source)]), target_ids)
+    assert np.abs(mine[0, :, : its.shape[1]].numpy() - its).max() < 1e-4
+
+
+def test_reads_a_whole_directory(directory: Path) -> None:
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.name == "en-de"
+    assert checkpoint.languages == []
+    assert checkpoint.language_tokens is None
+    assert checkpoint.tokenizer.kind == "marian"
+    assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.npz").read_bytes()).hexdigest()
+    assert checkpoint.warnings == ()
+    config = checkpoint.config
+    assert (config.target_vocab_size, config.decoder_start_id) == (VOCAB_SIZE + 1, VOCAB_SIZE)
+    assert config.eos_id == VOCABULARY["</s>"]
+    assert config.never_decoded == [VOCAB_SIZE]
+    assert torch.equal(checkpoint.tensors["decoder.embedding.tokens.weight"][VOCAB_SIZE], torch.zeros(16))
+    assert_computes(checkpoint, SETTINGS)
+
+
+@pytest.mark.slow
+def test_exported_and_its_tokenizer_loaded(directory: Path, tmp_path: Path) -> None:
+    (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
+    bundle = export_bundle(directory, tmp_path / "bundle", show_progress=False)
+    tokenizer = load_tokenizer(bundle)
+    ids = tokenizer.encode(SAMPLE_LINES[0])
+    assert set(ids) <= set(VOCABULARY.values()) - {0}
+    assert tokenizer.decode(ids) == SAMPLE_LINES[0]
+
+
+def test_the_file_itself_with_its_vocabularies_beside_it(directory: Path) -> None:
+    (directory / "decoder.yml").unlink()
+    (directory / "model.npz").rename(directory / "best.npz")
+    checkpoint = read_checkpoint(directory / "best.npz")
+    assert checkpoint.name == "best"
+    assert_computes(checkpoint, SETTINGS)
+
+
+def test_what_lies_beside_a_model_in_training_is_no_model(directory: Path) -> None:
+    (directory / "decoder.yml").unlink()
+    (directory / "model.npz").rename(directory / "en-de.npz")
+    (directory / "en-de.npz.optimizer.npz").write_bytes(b"")
+    assert read_checkpoint(directory).config.d_model == 16
+
+
+def test_paths_of_the_machine_that_trained(directory: Path) -> None:
+    (directory / "decoder.yml").write_text("models: [/home/me/model.npz]\nvocabs: ['C:\\data\\vocab.yml', ../vocab.yml]\n")
+    assert_computes(read_checkpoint(directory), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"transformer-ffn-activation": "gelu"},
+        {"transformer-ffn-activation": "relu", "transformer-postprocess-emb": "nd"},
+        {"output-omit-bias": True},
+        {"tied-embeddings-all": False, "tied-embeddings": True},
+        {"tied-embeddings-all": False},
+        {"tied-embeddings-all": False, "tied-embeddings-src": True, "transformer-train-position-embeddings": True},
+    ],
+    ids=lambda changed: ", ".join(changed),
+)
+def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
+    write(directory, **changed)
+    assert_computes(read_checkpoint(directory), {**SETTINGS, **changed})
+
+
+def test_pre_norm_is_read_with_a_warning(directory: Path) -> None:
+    changed: dict[str, Any] = {"transformer-preprocess": "n", "transformer-postprocess": "da", "transformer-postprocess-top": "n"}
+    write(directory, **changed)
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.warnings[0].startswith("transformer-preprocess: the norm is applied to all keys and values")
+    assert_computes(checkpoint, {**SETTINGS, **changed})
+
+
+def test_an_output_matrix_of_old_versions(directory: Path) -> None:
+    write(
+        directory,
+        lambda arrays: arrays.update({"decoder_ff_logit_out_W": arrays.pop("decoder_ff_logit_out_Wt").T.copy()}),
+        tied_embeddings_all=False,
+    )
+    assert_computes(read_checkpoint(directory), {**SETTINGS, "tied-embeddings-all": False})
+
+
+def test_half_precision_becomes_float32(directory: Path) -> None:
+    write(directory, lambda arrays: arrays.update({name: array.astype(np.float16) for name, array in arrays.items()}))
+    assert {tensor.dtype for tensor in read_checkpoint(directory).tensors.values()} == {torch.float32}
+
+
+def test_positions_are_as_many_as_were_trained(directory: Path) -> None:
+    write(directory, transformer_train_position_embeddings=True)
+    assert read_checkpoint(directory).config.max_positions == 60
+
+
+def test_a_sentencepiece_model_as_vocabulary(directory: Path) -> None:
+    (directory / "vocab.spm").write_bytes(tiny_sentencepiece())
+    (directory / "decoder.yml").write_text("models: [model.npz]\nvocabs: [vocab.spm, vocab.spm]\n")
+    write(directory, dim_vocabs=[64, 64])
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.config.eos_id == 3
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert tokenizer.decode(tokenizer.encode("a man")) == "a man"
+    assert "vocab.spm" in checkpoint.tokenizer_files
+
+
+def test_tokens_that_yaml_takes_for_something_else(directory: Path) -> None:
+    odd = {"yes": 70, "Yes": 71, "1.5": 72, "~": 73, "null": 74, "é: ": 75}
+    contents = "".join(f'"{token}": {i}\n' for token, i in {**VOCABULARY, **odd}.items() if token not in "yes")
+    (directory / "vocab.yml").write_text(contents + "yes: 70\n? \"a longer key\"\n: 76\n'it''s': 77\n", encoding="utf-8")
+    write(directory, dim_vocabs=[78, 78])
+    (directory / "source.spm").unlink()
+    checkpoint = read_checkpoint(directory)
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert checkpoint.tokenizer.kind == "tokens"
+    assert tokenizer.encode("yes Yes 1.5 ~ null it's") == [70, 71, 72, 73, 74, 77]
+
+
+def test_without_a_tokenizer_it_takes_tokens_and_warns(directory: Path) -> None:
+    (directory / "source.spm").unlink()
+    (warning,) = read_checkpoint(directory).warnings
+    assert warning.startswith("there is no SentencePiece model and no byte-pair codes beside the model")
+
+
+def test_languages_that_a_source_names_by_a_token(directory: Path) -> None:
+    languages = {">>deu<<": VOCAB_SIZE, ">>nds<<": VOCAB_SIZE + 1}
+    origins.write_marian_vocabulary(directory / "vocab.yml", {**VOCABULARY, **languages})
+    write(directory, dim_vocabs=[VOCAB_SIZE + 2, VOCAB_SIZE + 2])
+    assert read_checkpoint(directory).language_tokens == LanguageTokens(
+        tokens={"deu": VOCAB_SIZE, "nds": VOCAB_SIZE + 1}, before_source="target", before_target=False
+    )
+
+
+UNSUPPORTED = {
+    "type": "s2s",
+    "transformer-decoder-autoreg": "average-attention",
+    "transformer-ffn-activation": "tanh",
+    "transformer-ffn-depth": 3,
+    "transformer-no-projection": True,
+    "transformer-pool": True,
+    "transformer-postprocess": "dhn",
+    "transformer-postprocess-emb": "r",
+    "transformer-tied-layers": [1, 1],
+    "lemma-dim-emb": 8,
+    "input-types": ["class", "sequence"],
+    "right-left": True,
+    "ulr": True,
+}
+
+
+def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
+    origins.write_marian_npz(directory / "model.npz", {**SETTINGS, **UNSUPPORTED}, origins.marian_arrays(SETTINGS))
+    faults = faults_of(directory)
+    assert all(fault.startswith("model.npz: special:model.yml: ") for fault in faults)
+    told = " ".join(faults)
+    assert [name for name in UNSUPPORTED if f"{name}:" not in told and f"{name}," not in told] == []
+    assert "transformer-decoder-autoreg: 'average-attention' is not supported, only 'self-attention'" in told
+
+
+@pytest.mark.parametrize("value", ["rnn", "average-attention"])
+def test_other_decoders_are_refused(directory: Path, value: str) -> None:
+    write(directory, transformer_decoder_autoreg=value)
+    (fault,) = faults_of(directory)
+    assert "transformer-decoder-autoreg" in fault
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"dim-emb": 15}, "dim-emb: 15 is no multiple of 2 and of transformer-heads 2"),
+        ({"dim-emb": 2}, "dim-emb: 2 is no multiple"),
+        ({"dim-emb": 2**30}, "dim-emb: Input should be less than"),
+        ({"dim-vocabs": [66, 67]}, "dim-vocabs: [66, 67] differ, and the embeddings are tied"),
+        ({"dim-vocabs": [66, 66, 66]}, "dim-vocabs: List should have at most 2 items"),
+        ({"enc-depth": "many"}, "enc-depth: Input should be a valid integer"),
+        ({"enc-depth": [[[6]]]}, "enc-depth: Input should be a valid integer"),
+        ({"tied-embeddings": "perhaps"}, "tied-embeddings: Input should be a valid boolean"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_or_are_none(directory: Path, settings: dict[str, Any], fault: str) -> None:
+    origins.write_marian_npz(directory / "model.npz", {**SETTINGS, **settings}, {"Wemb": np.zeros((2, 2), np.float32)})
+    assert any(fault in found for found in faults_of(directory))
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        (b"- a\n- b\n", "is no YAML mapping"),
+        (b"a", "is no YAML mapping"),
+        (b"a: &x 1\nb: *x\n", "has aliases"),
+        (b"a: 1\na: 2\n", "has 'a' twice"),
+        (b"[a]: 1\n", "has a key that is no text"),
+        (b"a: [", "is not YAML"),
+        (b"a: " + b"[" * 100_000, "is nested too deeply"),
+        (b"\xff\xfe\xff", "is not YAML"),
+    ],
+    ids=["list", "word", "alias", "twice", "key", "cut", "deep", "bytes"],
+)
+def test_yaml_that_is_none(directory: Path, contents: bytes, reason: str) -> None:
+    (directory / "vocab.yml").write_bytes(contents)
+    assert any(fault.startswith("vocab.yml: ") and reason in fault for fault in faults_of(directory))
+
+
+@pytest.mark.parametrize(
+    ("contents", "fault"),
+    [
+        ("</s>: 0\n<unk>: 1\na: b\n", "vocab.yml: 'a' has no id, but 'b'"),
+        ("</s>: 0\n<unk>: 1\na: [1]\n", "vocab.yml: 'a' has no id, but ['1']"),
+        ("</s>: 0\n<unk>: 0\n", "vocab.yml: two tokens have one id"),
+        ("</s>: 0\n", "the source vocabulary has no <unk>"),
+        ("<unk>: 0\n", "the source vocabulary has no </s>"),
+        ("</s>: 0\n<unk>: 5000\n", f"the source vocabulary has ids up to 5000, the model's is of {VOCAB_SIZE} tokens"),
+    ],
+    ids=["text", "list", "twice", "no unknown", "no end", "large"],
+)
+def test_a_vocabulary_that_is_none_or_another_models(directory: Path, contents: str, fault: str) -> None:
+    (directory / "vocab.yml").write_text(contents)
+    assert fault in faults_of(directory)
+
+
+def test_an_end_that_is_another_on_the_other_side(directory: Path) -> None:
+    origins.write_marian_vocabulary(directory / "other.yml", {**VOCABULARY, "</s>": VOCABULARY["<pad>"], "<pad>": 0})
+    (directory / "decoder.yml").write_text("models: [model.npz]\nvocabs: [vocab.yml, other.yml]\n")
+    assert faults_of(directory) == ("</s> has another id in the source vocabulary than in the target vocabulary",)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "fault"),
+    [
+        ("models: [a.npz, b.npz]\nvocabs: [vocab.yml, vocab.yml]", "decoder.yml: models: an ensemble of 2 is not supported"),
+        ("models: [a.npz]\nvocabs: [vocab.yml, vocab.yml]", "decoder.yml: models: 'a.npz' is missing"),
+        ("models: ['..']\nvocabs: [vocab.yml, vocab.yml]", "decoder.yml: models: '..' is missing"),
+        ("vocabs: [vocab.yml, no.yml]", "decoder.yml: vocabs: 'no.yml' is missing"),
+        ("vocabs: [vocab.yml, vocab.yml, vocab.yml]", "decoder.yml: vocabs: 3 vocabularies are not supported"),
+        ("vocabs: [vocab.fsv, vocab.fsv]", "vocab.fsv: is of no kind that is supported"),
+        ("vocabs: [broken.spm, broken.spm]", "broken.spm: is no SentencePiece model"),
+        ("models: [", "decoder.yml: cannot be read: is not YAML"),
+    ],
+    ids=str,
+)
+def test_what_decoder_yml_names(directory: Path, decoder: str, fault: str) -> None:
+    (directory / "vocab.fsv").write_text("a : _lemma\n")
+    (directory / "broken.spm").write_bytes(b"no model")
+    (directory / "decoder.yml").write_text(decoder)
+    assert any(found.startswith(fault) for found in faults_of(directory))
+
+
+def test_no_vocabulary_and_several_models(directory: Path) -> None:
+    for name in ("decoder.yml", "vocab.yml", "model.npz"):
+        (directory / name).unlink()
+    for name in ("a.npz", "b.npz"):
+        (directory / name).write_bytes(b"")
+    first, second = faults_of(directory)
+    assert first == "one model is needed, and there are several: a.npz, b.npz"
+    assert second.startswith("vocabularies: none is named in decoder.yml, and none is called vocab.yml")
+
+
+def test_a_directory_without_a_model(directory: Path) -> None:
+    (directory / "model.npz").unlink()
+    (directory / "decoder.yml").write_text("vocabs: [vocab.yml, vocab.yml]\n")
+    assert faults_of(directory) == ("a model is needed: none, model.npz is missing",)
+
+
+def change_wrongly(arrays: dict[str, NDArray[Any]]) -> None:
+    arrays["decoder_l1_self_Wq"] = np.zeros((16, 8), np.float32)
+    arrays["encoder_l1_ffn_W1"][0, 0] = np.nan
+    arrays["encoder_l2_ffn_b2"] = np.zeros((1, 16), np.int8)
+    del arrays["Wemb"]
+    arrays["decoder_l1_rnn_W"] = np.zeros((16, 16), np.float32)
+
+
+def test_every_tensor_that_is_wrong_is_named_at_once(directory: Path) -> None:
+    write(directory, change_wrongly)
+    assert set(faults_of(directory)) == {
+        f"model.npz: Wemb: missing, expected [{VOCAB_SIZE}, 16]",
+        "model.npz: decoder_l1_self_Wq: shape [8, 16], expected [16, 16]",
+        "model.npz: encoder_l1_ffn_W1: 1 of 384 values are not finite",
+        "model.npz: encoder_l2_ffn_b2: of type torch.int8, expected one of "
+        "torch.float16, torch.bfloat16, torch.float32, torch.float64",
+        "model.npz: decoder_l1_rnn_W: extra [16, 16]",
+    }
+
+
+def test_python_objects_are_not_read(directory: Path) -> None:
+    write(directory, lambda arrays: arrays.update(Wemb=np.array([{}], object)))
+    assert faults_of(directory) == ("model.npz: Wemb.npy: holds Python objects, which are not read",)
+
+
+def without_settings(path: Path) -> None:
+    np.savez(path, Wemb=np.zeros((2, 2)))
+
+
+def with_a_claim(path: Path) -> None:
+    """A header for far more values than follow."""
+    np.savez(path, Wemb=np.zeros((2, 2), np.float32))
+    contents = path.read_bytes().replace(b"(2, 2), }             ", b"(2000000, 2000000), } ")
+    with zipfile.ZipFile(path) as archive:
+        member = archive.read("Wemb.npy").replace(b"(2, 2), }             ", b"(2000000, 2000000), } ")
+    assert len(contents) > len(member)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("Wemb.npy", member)
+
+
+def with_a_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("Wemb.npy", bytes(2**25))
+
+
+def with_a_name_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", b"")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.npy", b"")
+
+
+def with_text(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../../evil.npy", b"no array")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (without_settings, "model.npz: has no special:model.yml, so it is no model of Marian's"),
+        (with_a_claim, "model.npz: Wemb.npy: has shape [2000000, 2000000], and other than so many values are stored"),
+        (with_a_bomb, "model.npz: unpacks to 33554432 bytes"),
+        (with_a_name_twice, "model.npz: a.npy: is there 2 times"),
+        (with_text, "model.npz: ../../evil.npy: is no array: "),
+        (lambda path: path.write_bytes(b""), "model.npz: cannot be read: "),
+        (lambda path: path.write_bytes(b"PK\3\4cut"), "model.npz: cannot be read: "),
+        (lambda path: path.write_bytes(path.read_bytes()[:-500]), "model.npz: cannot be read: "),
+    ],
+    ids=["no settings", "claim", "bomb", "twice", "no array", "empty", "no zip", "cut"],
+)
+def test_archives_that_are_broken_or_hostile(directory: Path, spoil: Callable[[Path], object], fault: str) -> None:
+    spoil(directory / "model.npz")
+    (found,) = faults_of(directory)
+    assert found.startswith(fault)
+
+
+def test_settings_that_are_no_text(directory: Path) -> None:
+    np.savez(directory / "model.npz", **{"special:model.yml": np.zeros(3)})  # type: ignore[arg-type]  # NumPy's stub is of allow_pickle
+    assert faults_of(directory) == ("model.npz: special:model.yml: is no text of at most 1048576 bytes",)
+
+
+def test_a_tokenizer_that_is_none(directory: Path) -> None:
+    (directory / "source.spm").write_bytes(b"no model")
+    (fault,) = faults_of(directory)
+    assert fault.startswith("source.spm: is no SentencePiece model")

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import argparse
+import fractions
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import Checkpoint, build_model, read_checkpoint
+from export.checkpoint.opennmt_py import read_model
+from serving.errors import CheckpointError
+from serving.tokenizers import open_tokenizer
+from tests import origins
+from tests.support import tiny_sentencepiece
+from tests.vocabularies import marian_vocabulary
+
+PIECES = [
+    *("<unk>", "<blank>", "<s>", "</s>"),
+    *(piece for piece in marian_vocabulary(tiny_sentencepiece()) if piece not in ("</s>", "<unk>", "<pad>")),
+]
+SIZE = len(PIECES)
+SETTINGS = {**origins.OPENNMT_SETTINGS, "hidden_size": 16, "heads": 2, "transformer_ff": 24, "dec_layers": 1}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "en-de"
+    made.mkdir()
+    write(made)
+    for name in ("source.spm", "target.spm"):
+        (made / name).write_bytes(tiny_sentencepiece())
+    return made
+
+
+def document_of(settings: dict[str, Any]) -> dict[str, Any]:
+    state = {name: torch.from_numpy(array) for name, array in origins.opennmt_arrays(settings, (SIZE, SIZE)).items()}
+    return {
+        "model": {name: tensor for name, tensor in state.items() if not name.startswith("generator.")},
+        "generator": {name: state[f"generator.{name}"] for name in ("weight", "bias")},
+        "vocab": {"src": PIECES, "tgt": PIECES, "data_task": "seq2seq", "decoder_start_token": "<s>"},
+        "opt": argparse.Namespace(**settings),
+        "optim": {"training_step": 1000, "optimizer": None},
+    }
+
+
+def write(directory: Path, change: Callable[[dict[str, Any]], object] | None = None, **settings: Any) -> None:
+    document = document_of({**SETTINGS, **settings})
+    if change is not None:
+        change(document)
+    torch.save(document, directory / "model.pt")
+
+
+def faults_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(CheckpointError, match=r"checkpoint .* cannot be used") as caught:
+        read_checkpoint(path)
+    return caught.value.faults
+
+
+def assert_computes(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """The same as OpenNMT-py, as ``tests/origins.py`` has it."""
+    arrays = origins.opennmt_arrays(settings, (SIZE, SIZE))
+    source, prefix = [5, 9, 12], [7, 4, 20]
+    its = origins.opennmt_logits(settings, arrays, source, prefix)
+    with torch.no_grad():
+        mine = build_model(checkpoint)(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[2, *prefix]]))
+    assert np.abs(mine[0].numpy() - its).max() < 1e-4
+
+
+def test_reads_a_whole_model(directory: Path) -> None:
+    checkpoint = read_model(directory)
+    assert checkpoint.name == "en-de"
+    assert checkpoint.languages == []
+    assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.pt").read_bytes()).hexdigest()
+    config = checkpoint.config
+    assert (config.pad_id, config.eos_id, config.decoder_start_id) == (1, 3, 2)
+    assert config.never_decoded == [1, 2]
+    assert config.max_positions == 1024
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert tokenizer.decode([2, *tokenizer.encode("a man"), 3, 1]) == "a man"
+    assert_computes(checkpoint, SETTINGS)
+
+
+def test_it_cannot_be_served_yet(directory: Path) -> None:
+    """Before it could, a source would have to have no end-of-sentence token."""
+    (fault,) = faults_of(directory)
+    assert fault.startswith("sources of OpenNMT-py's models do not end in the end-of-sentence token")
+
+
+def test_the_file_itself(directory: Path) -> None:
+    checkpoint = read_model(directory / "model.pt")
+    assert checkpoint.name == "model"
+    assert_computes(checkpoint, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pos_ffn_activation_fn": "gelu"},
+        {"share_embeddings": True},
+        {"share_decoder_embeddings": True},
+        {"add_qkvbias": False, "add_ffnbias": False},
+        {"norm_eps": 1e-2},
+    ],
+    ids=lambda changed: ", ".join(changed),
+)
+def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
+    write(directory, **changed)
+    assert_computes(read_model(directory), {**SETTINGS, **changed})
+
+
+def as_before(document: dict[str, Any]) -> None:
+    """The generator a sequence, norms with names of their own, masks among the tensors, no positions."""
+    document["generator"] = {f"0.{name}": tensor for name, tensor in document["generator"].items()}
+    model = document["model"]
+    for name in [name for name in model if "layer_norm" in name]:
+        model[name.replace(".weight", ".a_2").replace(".bias", ".b_2")] = model.pop(name)
+    model["decoder.transformer_layers.0.mask"] = torch.zeros(1, 5, 5, dtype=torch.uint8)
+    for side in ("encoder", "decoder"):
+        del model[f"{side}.embeddings.make_embedding.pe.pe"]
+
+
+def test_names_of_older_versions(directory: Path) -> None:
+    write(directory, as_before)
+    assert_computes(read_model(directory), SETTINGS)
+
+
+def test_a_table_of_positions_is_taken_as_it_is(directory: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        for side in ("encoder", "decoder"):
+            document["model"][f"{side}.embeddings.make_embedding.pe.pe"] = torch.full((70, 1, 16), 2.0)
+
+    write(directory, change)
+    checkpoint = read_model(directory)
+    assert torch.equal(checkpoint.tensors["decoder.embedding.position_table"], torch.full((70, 16), 2.0))
+
+
+def test_a_start_token_of_its_own(directory: Path) -> None:
+    write(directory, lambda document: document["vocab"].update(decoder_start_token="</s>"))
+    assert read_model(directory).config.decoder_start_id == 3
+
+
+def test_models_that_the_settings_name(directory: Path) -> None:
+    (directory / "source.spm").rename(directory / "en.model")
+    (directory / "target.spm").rename(directory / "de.model")
+    write(directory, src_subword_model="/data/en.model", tgt_subword_model="C:\\data\\de.model")
+    assert {"en.model", "de.model"} <= read_model(directory).tokenizer_files.keys()
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "encoder_type": "brnn",
+    "decoder_type": "transformer_lm",
+    "copy_attn": True,
+    "generator_function": "sparsemax",
+    "layer_norm": "rms",
+    "max_relative_positions": 20,
+    "model_task": "lm",
+    "num_kv": 4,
+    "parallel_residual": True,
+    "pos_ffn_activation_fn": "silu",
+    "position_encoding": False,
+    "self_attn_type": "average",
+}
+
+
+def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
+    torch.save({**document_of(SETTINGS), "opt": argparse.Namespace(**{**SETTINGS, **UNSUPPORTED})}, directory / "model.pt")
+    faults = faults_of(directory)
+    assert all(fault.startswith("model.pt: ") for fault in faults)
+    assert [name for name in UNSUPPORTED if f"{name}:" not in " ".join(faults)] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"heads": 3}, "heads: an embedding of 16 is no multiple of 2 and of 3"),
+        ({"enc_layers": 0}, "enc_layers: Input should be greater than 0"),
+        ({"enc_layers": 10**9}, "enc_layers: Input should be less than"),
+        ({"norm_eps": float("nan")}, "norm_eps: Input should be"),
+        ({"share_embeddings": 1}, "share_embeddings: Input should be a valid boolean"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_or_are_none(directory: Path, settings: dict[str, Any], fault: str) -> None:
+    torch.save({**document_of(SETTINGS), "opt": argparse.Namespace(**{**SETTINGS, **settings})}, directory / "model.pt")
+    assert any(found.startswith(f"model.pt: {fault}") for found in faults_of(directory))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "fault"),
+    [
+        ([("src", 1)], "has no lists of tokens under src and tgt"),
+        ({"src": PIECES}, "has no lists of tokens under src and tgt"),
+        ({"src": PIECES, "tgt": [1, 2]}, "has no lists of tokens under src and tgt"),
+        ({"src": PIECES, "tgt": PIECES, "src_feats": [["a"]]}, "src_feats: source features are not supported"),
+        ({"src": PIECES, "tgt": PIECES, "data_task": "lm"}, "data_task: 'lm' is not supported"),
+        ({"src": PIECES[1:], "tgt": PIECES}, "src: has no '<unk>'"),
+        ({"src": PIECES, "tgt": ["x", *PIECES[1:3], "y", *PIECES[4:]]}, "tgt: has no '</s>'"),
+        ({"src": PIECES, "tgt": PIECES, "decoder_start_token": ["a"]}, "tgt: has no ['a']"),
+        ({"src": [*PIECES[:-1], "<s>"], "tgt": PIECES}, "src: a token is there twice"),
+        ({"src": ["<unk>"], "tgt": PIECES}, "src: 1 tokens are too few beside token 3 of tgt"),
+    ],
+    ids=["tuples", "one", "numbers", "features", "task", "no unknown", "no end", "start", "twice", "few"],
+)
+def test_vocabularies_that_are_none(directory: Path, vocab: Any, fault: str) -> None:
+    write(directory, lambda document: document.update(vocab=vocab))
+    assert any(found.startswith(f"model.pt: vocab: {fault}") for found in faults_of(directory))
+
+
+def test_shared_embeddings_of_different_vocabularies(directory: Path) -> None:
+    write(directory, lambda document: document["vocab"].update(src=[*PIECES[:4], *PIECES[:3:-1]]), share_embeddings=True)
+    assert faults_of(directory) == ("model.pt: share_embeddings: the vocabularies of src and tgt differ",)
+
+
+def change_wrongly(document: dict[str, Any]) -> None:
+    model = document["model"]
+    model["decoder.transformer_layers.0.feed_forward.w_2.weight"] = torch.zeros(3, 3)
+    model["encoder.transformer.0.feed_forward.w_1.bias"][0] = torch.inf
+    del model["encoder.transformer.1.layer_norm.bias"]
+    model["encoder.transformer.0.feed_forward.w_3.weight"] = torch.zeros(24, 16)
+
+
+def test_every_tensor_that_is_wrong_is_named_at_once(directory: Path) -> None:
+    write(directory, change_wrongly)
+    assert set(faults_of(directory)) == {
+        "model.pt: decoder.transformer_layers.0.feed_forward.w_2.weight: shape [3, 3], expected [16, 24]",
+        "model.pt: encoder.transformer.0.feed_forward.w_1.bias: 1 of 24 values are not finite",
+        "model.pt: encoder.transformer.1.layer_norm.bias: missing, expected [16]",
+        "model.pt: encoder.transformer.0.feed_forward.w_3.weight: extra [24, 16]",
+    }
+
+
+def test_a_missing_bias_is_a_fault_where_there_should_be_one(directory: Path) -> None:
+    name = "encoder.transformer.0.self_attn.linear_keys.bias"
+    write(directory, lambda document: document["model"].pop(name))
+    assert faults_of(directory) == (f"model.pt: {name}: missing, expected [16]",)
+
+
+def test_matrices_that_tell_the_sizes(directory: Path) -> None:
+    name = "encoder.transformer.0.feed_forward.w_1.weight"
+    write(directory, lambda document: document["model"].update({name: torch.zeros(3)}))
+    assert faults_of(directory) == (f"model.pt: {name}: is missing, or no matrix",)
+
+
+@pytest.mark.parametrize("table", [torch.zeros(3), torch.zeros(0, 1, 16), torch.zeros(5000, 2, 16), torch.tensor(1.0)], ids=str)
+def test_a_table_of_positions_that_is_none(directory: Path, table: torch.Tensor) -> None:
+    name = "encoder.embeddings.make_embedding.pe.pe"
+    write(directory, lambda document: document["model"].update({name: table}))
+    assert any(found.startswith(f"model.pt: {name}: shape {list(table.shape)[:1]}"[:-1]) for found in faults_of(directory))
+
+
+class Hostile:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.victim),)
+
+
+def test_code_in_a_pickle_is_not_run(directory: Path, tmp_path: Path) -> None:
+    write(directory, lambda document: document.update(optim=Hostile(tmp_path / "run")))
+    (fault,) = faults_of(directory)
+    assert fault.startswith("model.pt: needs posix.mkdir, which is not loaded since a pickle may run any code")
+    assert not (tmp_path / "run").exists()
+
+
+def test_objects_of_version_2_are_refused_and_told_how_to_be_left_out(directory: Path) -> None:
+    write(directory, lambda document: document.update(vocab={"src": fractions.Fraction(1, 2)}))
+    (fault,) = faults_of(directory)
+    assert fault.startswith("model.pt: needs fractions.Fraction, which is not loaded")
+    assert 'state["vocab"][side].base_field.vocab.itos' in fault
+
+
+@pytest.mark.parametrize(
+    ("document", "faults"),
+    [
+        ([1], ("model.pt: holds no dict",)),
+        ({"model": {}}, ("model.pt: has no generator, vocab, opt, so it is no model of OpenNMT-py's",)),
+        (
+            {"model": {}, "generator": {}, "vocab": 1, "opt": 1},
+            (
+                "model.pt: model: is no state dict",
+                "model.pt: generator: is no state dict",
+                "model.pt: opt: holds no settings",
+                "model.pt: vocab: has no lists of tokens under src and tgt; those of version 2 and before are not supported",
+            ),
+        ),
+    ],
+    ids=["list", "part", "nothing"],
+)
+def test_a_pickle_of_something_else(directory: Path, document: Any, faults: tuple[str, ...]) -> None:
+    torch.save(document, directory / "model.pt")
+    assert faults_of(directory) == faults
+
+
+@pytest.mark.parametrize("contents", [b"", b"{}", b"PK\3\4cut"], ids=["empty", "json", "zip"])
+def test_a_file_that_cannot_be_read(directory: Path, contents: bytes) -> None:
+    (directory / "model.pt").write_bytes(contents)
+    (fault,) = faults_of(directory)
+    assert fault.startswith("model.pt: cannot be read: ")
+
+
+def test_several_models(directory: Path) -> None:
+    (directory / "other.pt").write_bytes(b"")
+    assert faults_of(directory) == (
+        "one model is needed, and there are several: model.pt, other.pt; an ensemble is not supported",
+    )

@@ -1,0 +1,144 @@
+"""Languages that a model is told by tokens, and options that a request may set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serving.bundle import LanguageTokens
+from serving.errors import InvalidRequestError
+from serving.preparation import UNTOLD, Direction, RequestOptions, TextPreparer
+from serving.request import Sampling
+from tests.fakes import EOS_ID, ByteTokenizer, fake_limits
+
+CODES = {"de": 901, "en": 902, "fr": 903}
+
+
+def told(*, before_source: Any, before_target: bool, prefix: tuple[int, ...] = ()) -> TextPreparer:
+    return TextPreparer(
+        tokenizer=ByteTokenizer(),
+        eos_id=EOS_ID,
+        languages=(),
+        language_tokens=LanguageTokens(tokens=CODES, before_source=before_source, before_target=before_target),
+        target_prefix=prefix,
+        limits=fake_limits(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("preparer", "direction"),
+    [
+        pytest.param(
+            told(before_source="source", before_target=True), Direction(before_source=(902,), before_target=(901,)), id="NLLB"
+        ),
+        pytest.param(told(before_source="target", before_target=False), Direction(before_source=(901,)), id="OPUS-MT"),
+        pytest.param(told(before_source=None, before_target=True), Direction(before_target=(901,)), id="target alone"),
+        pytest.param(
+            told(before_source=None, before_target=True, prefix=(5,)), Direction(before_target=(901, 5)), id="and a prefix"
+        ),
+    ],
+)
+def test_a_direction_is_told_by_tokens(preparer: TextPreparer, direction: Direction) -> None:
+    assert preparer.direction("en", "de") == direction
+    source = preparer.source_ids("ab", "texts[0]", direction)
+    assert source == (*direction.before_source, *ByteTokenizer().encode("ab"), EOS_ID)
+
+
+@pytest.mark.parametrize(
+    ("preparer", "languages", "field", "reason"),
+    [
+        (told(before_source="source", before_target=True), ("", "de"), "source_language", "has to be set; it knows de, en, fr"),
+        (told(before_source="source", before_target=True), ("en", ""), "target_language", "has to be set; it knows de, en, fr"),
+        (told(before_source="source", before_target=True), ("xx", "de"), "source_language", "does not know 'xx'; it knows de"),
+        (told(before_source="target", before_target=False), ("", ""), "target_language", "has to be set"),
+        (told(before_source="target", before_target=False), ("xx", "de"), "source_language", "does not know 'xx'"),
+        (told(before_source=None, before_target=True), ("", ">>de<<"), "target_language", "does not know '>>de<<'"),
+    ],
+)
+def test_a_language_that_the_model_cannot_be_told_is_refused(
+    preparer: TextPreparer, languages: tuple[str, str], field: str, reason: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as raised:
+        preparer.direction(*languages)
+    assert raised.value.field == field
+
+
+def test_what_every_source_and_target_starts_with_comes_first() -> None:
+    preparer = replace(told(before_source="source", before_target=True), source_prefix=(7,))
+    assert preparer.direction("en", "de") == Direction(before_source=(7, 902), before_target=(901,))
+    untold = replace(preparer, language_tokens=None, target_prefix=(8,))
+    assert untold.direction("", "") == Direction(before_source=(7,), before_target=(8,))
+
+
+def test_of_a_model_that_is_told_its_source_alone_only_its_target_may_be_asked_for() -> None:
+    preparer = replace(told(before_source="source", before_target=False), languages=(("de", "en"), ("fr", "en")))
+    assert preparer.direction("fr", "en") == Direction(before_source=(903,))
+    with pytest.raises(InvalidRequestError, match="target_language: the model translates into en, not into 'de'"):
+        preparer.direction("fr", "de")
+
+
+def test_the_source_language_may_stay_open_where_no_token_tells_it() -> None:
+    assert told(before_source="target", before_target=False).direction("", "fr") == Direction(before_source=(903,))
+
+
+def test_language_tokens_spelled_out_in_a_text_stay_text() -> None:
+    preparer = told(before_source="target", before_target=False)
+    ids = preparer.source_ids(">>fr<< a", "texts[0]", preparer.direction("", "de"))
+    assert ids[0] == CODES["de"]
+    assert not set(ids[1:]) & set(CODES.values())
+
+
+def test_the_token_of_a_language_counts_for_the_longest_source() -> None:
+    preparer = told(before_source="source", before_target=True)
+    direction = preparer.direction("en", "de")
+    assert len(preparer.source_ids("a" * 30, "text", direction)) == 32
+    with pytest.raises(InvalidRequestError, match="has 33 tokens"):
+        preparer.source_ids("a" * 31, "text", direction)
+
+
+def test_the_models_own_prefix_is_hidden_and_no_part_of_a_callers_lengths() -> None:
+    preparer = told(before_source="source", before_target=True, prefix=(5,))
+    options = preparer.decoding_options(
+        RequestOptions(min_target_tokens=3, max_target_tokens=9), 4, preparer.direction("en", "fr")
+    )
+    assert (options.target_prefix, options.hidden_prefix_tokens) == ((903, 5), 2)
+    assert (options.min_target_tokens, options.max_target_tokens) == (5, 11)
+
+
+def test_texts_of_one_request_draw_apart_and_the_same_again() -> None:
+    preparer = replace(told(before_source=None, before_target=False), language_tokens=None)
+    asked = RequestOptions(sampling=Sampling(seed=7, top_k=4))
+
+    def seeds() -> list[int]:
+        options = [preparer.decoding_options(asked, 4, UNTOLD, place) for place in range(3)]
+        return [one.sampling.seed for one in options if one.sampling is not None]
+
+    assert seeds() == seeds()
+    assert len(set(seeds())) == 3
+    assert seeds()[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "reason"),
+    [
+        ({"patience": 2.0}, "patience", "with options.early_stopping only"),
+        ({"patience": 0.0, "early_stopping": True}, "patience", "from 0.1 to 10, not 0"),
+        ({"patience": math.nan, "early_stopping": True}, "patience", "not nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "from 0.01 to 100, not 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty", "not inf"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size", "from 0 to 64, not -1"),
+        ({"sampling": Sampling(), "beam_size": 2}, "sampling", "options.beam_size must be 1, not 2"),
+        ({"sampling": Sampling(top_k=-1)}, "sampling.top_k", "from 0 to"),
+        ({"sampling": Sampling(top_p=0.0)}, "sampling.top_p", "above 0 and at most 1, not 0"),
+        ({"sampling": Sampling(top_p=math.nan)}, "sampling.top_p", "not nan"),
+        ({"sampling": Sampling(temperature=0.0)}, "sampling.temperature", "from 0.01 to 100, not 0"),
+        ({"sampling": Sampling(seed=-1)}, "sampling.seed", "from 0 to"),
+    ],
+)
+def test_options_out_of_bounds_are_refused_by_name(options: dict[str, Any], field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as raised:
+        told(before_source=None, before_target=False).check_options(RequestOptions(**options))
+    assert raised.value.field == f"options.{field}"
