@@ -114,10 +114,10 @@ WITHOUT_TORCH = --constraints build/torch.in $(NOT_LOCKED:%=--no-emit-package %)
 
 lock: build/uv/bin/uv  ## Resolve requirements/*.txt anew; LOCK_FLAGS=--upgrade moves to newer versions.
 	echo '$(TORCH_PIN)' > build/torch.in
-	$(COMPILE) pyproject.toml --extra cpu --extra train --extra dev $(WITHOUT_TORCH) -o requirements/dev.txt
-	$(COMPILE) pyproject.toml --extra cpu --extra export $(WITHOUT_TORCH) -c requirements/dev.txt -o requirements/export.txt
-	$(COMPILE) pyproject.toml --extra cpu -c requirements/dev.txt -o requirements/serve-cpu.txt
-	$(COMPILE) pyproject.toml --extra gpu -c requirements/dev.txt -o requirements/serve-gpu.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra tokenizers --extra train --extra dev $(WITHOUT_TORCH) -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra tokenizers --extra export $(WITHOUT_TORCH) -c requirements/dev.txt -o requirements/export.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra tokenizers -c requirements/dev.txt -o requirements/serve-cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra tokenizers -c requirements/dev.txt -o requirements/serve-gpu.txt
 	$(COMPILE) --group pyproject.toml:build -c requirements/dev.txt -o requirements/build.txt
 
 build/uv/bin/uv: Makefile

@@ -165,6 +165,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certifi
         languages=checkpoint.languages,
         language_tokens=checkpoint.language_tokens,
         source_prefix=list(checkpoint.source_prefix),
+        source_ends_with_eos=checkpoint.source_ends_with_eos,
         target_prefix=list(checkpoint.target_prefix),
         tokenizer=checkpoint.tokenizer,
         provenance=Provenance(

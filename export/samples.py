@@ -24,7 +24,7 @@ _LONGEST_RANDOM = 40
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Source ids, each with the end-of-sentence token; all of them different."""
+    """Source ids, each with what sources start and end with; all of them different."""
 
     source: SampleSource
     certify: list[list[int]]
@@ -64,10 +64,11 @@ def _sentences(checkpoint: Checkpoint) -> list[list[int]]:
     told = checkpoint.language_tokens
     # Which languages the lines are of is not known: each of the model's has its turn.
     tokens = [] if told is None or told.before_source is None else [told.tokens[code] for code in sorted(told.tokens)]
+    end = [config.eos_id] if checkpoint.source_ends_with_eos else []
     sources = []
     for number, line in enumerate(checkpoint.sample_lines):
         first = [*checkpoint.source_prefix, *tokens[number % len(tokens) :][:1]] if tokens else [*checkpoint.source_prefix]
-        sources.append([*first, *tokenizer.encode(line)[: config.max_positions - 1 - len(first)], config.eos_id])
+        sources.append([*first, *tokenizer.encode(line)[: config.max_positions - len(first) - len(end)], *end])
     return sources
 
 
@@ -75,4 +76,5 @@ def _random_ids(checkpoint: Checkpoint, number: int) -> list[list[int]]:
     config = checkpoint.config
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, min(_LONGEST_RANDOM, config.max_positions - 1), number)
-    return [[*rng.integers(0, config.source_vocab_size, n).tolist(), config.eos_id] for n in lengths]
+    end = [config.eos_id] if checkpoint.source_ends_with_eos else []
+    return [[*rng.integers(0, config.source_vocab_size, n).tolist(), *end] for n in lengths]

@@ -262,8 +262,9 @@ class ManifestDraft(_Record):
     # The pairs that it translates; of a model that is told by tokens, none, and any of these codes into any other.
     languages: list[LanguagePair]
     language_tokens: LanguageTokens | None = None
-    # What every source starts with, and every target after the start token.
+    # What every source starts with, and every target after the start token; whether a source ends in the end-of-sentence token.
     source_prefix: list[TokenId] = []
+    source_ends_with_eos: bool = True
     target_prefix: list[TokenId] = []
     tokenizer: AnyTokenizerSpec
     provenance: Provenance

@@ -72,6 +72,7 @@ def load_model(directory: Path, config: EngineConfig, limits: RequestLimits, obs
             languages=tuple((pair.source, pair.target) for pair in manifest.languages),
             language_tokens=manifest.language_tokens,
             source_prefix=tuple(manifest.source_prefix),
+            source_ends_with_eos=manifest.source_ends_with_eos,
             target_prefix=tuple(manifest.target_prefix),
             limits=limits_of(manifest, config, limits),
         ),

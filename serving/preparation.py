@@ -144,6 +144,7 @@ class TextPreparer:
     language_tokens: LanguageTokens | None = None
     # What every source and every target starts with.
     source_prefix: tuple[int, ...] = ()
+    source_ends_with_eos: bool = True
     target_prefix: tuple[int, ...] = ()
     limits: TranslationLimits
 
@@ -247,7 +248,7 @@ class TextPreparer:
             raise InvalidRequestError("texts", f"at most {self.limits.max_texts_per_request} in a request, not {num_texts}")
 
     def source_ids(self, text: str, field_name: str, direction: Direction = UNTOLD) -> tuple[int, ...]:
-        """Tokens of one text with the end-of-sentence token; empty for a blank text.
+        """Tokens of one text, with what sources start and end with; empty for a blank text.
 
         Args:
             text: what to translate.
@@ -269,9 +270,10 @@ class TextPreparer:
             raise InvalidRequestError(field_name, "holds a lone surrogate, which is not text") from error
         if not ids:
             return ()
-        source = (*direction.before_source, *ids, self.eos_id)
+        source = (*direction.before_source, *ids, *((self.eos_id,) if self.source_ends_with_eos else ()))
         if len(source) > longest:
-            reason = f"has {len(source)} tokens with the end-of-sentence token; at most {longest} can be translated at once"
+            counted = " with the end-of-sentence token" if self.source_ends_with_eos else ""
+            reason = f"has {len(source)} tokens{counted}; at most {longest} can be translated at once"
             raise InvalidRequestError(field_name, reason)
         return source
 

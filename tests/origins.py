@@ -309,11 +309,6 @@ def fairseq_arrays(settings: Mapping[str, Any], sizes: tuple[int, int], *, seed:
         arrays["decoder.output_projection.weight"] = arrays["decoder.embed_tokens.weight"]
     else:
         draw("decoder.output_projection.weight", sizes[1], d, deviation=0.5)
-    # Hypotheses end now and then: all last states contain the bias of the last norm.
-    last = "decoder.layer_norm" if settings["decoder_normalize_before"] else f"{layer}.final_layer_norm"
-    bias = arrays[f"{last}.bias"]
-    weight = arrays["decoder.output_projection.weight"]
-    weight[2] += 0.8 * weight.std() * math.sqrt(d) * bias / np.square(bias).sum()
     return arrays
 
 

@@ -170,10 +170,10 @@ def locked(lock: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("lock", "extras"),
     [
-        ("serve-cpu", ["cpu"]),
-        ("serve-gpu", ["gpu"]),
-        ("export", ["cpu", "export"]),
-        ("dev", ["cpu", "export", "train", "dev"]),
+        ("serve-cpu", ["cpu", "tokenizers"]),
+        ("serve-gpu", ["gpu", "tokenizers"]),
+        ("export", ["cpu", "tokenizers", "export"]),
+        ("dev", ["cpu", "tokenizers", "export", "train", "dev"]),
     ],
 )
 def test_locks_hold_what_pyproject_asks_for(pyproject: dict[str, Any], lock: str, extras: list[str]) -> None:

@@ -43,8 +43,9 @@ class Checkpoint:
     languages: list[LanguagePair]
     # Of a model that is told its languages by tokens.
     language_tokens: LanguageTokens | None = None
-    # Ids that every source starts with.
+    # Ids that every source starts with, and whether it ends in the end-of-sentence token.
     source_prefix: tuple[int, ...] = ()
+    source_ends_with_eos: bool = True
     # Ids that every target starts with, after the start token.
     target_prefix: tuple[int, ...] = ()
     tokenizer: AnyTokenizerSpec
@@ -63,12 +64,12 @@ class CheckpointReader(Protocol):
 
     @property
     def description(self) -> str:
-        """What such a directory holds, for the one whose directory was not recognized."""
+        """What such a file is or directory holds, for the one whose checkpoint was not recognized."""
 
-    def recognizes(self, directory: Path) -> bool:
-        """Whether the directory claims to be of this format; cheap, and raises nothing."""
+    def recognizes(self, path: Path) -> bool:
+        """Whether the file or directory claims to be of this format; cheap, and raises nothing."""
 
-    def read(self, directory: Path) -> Checkpoint:
+    def read(self, path: Path) -> Checkpoint:
         """Read it; raises CheckpointError with every fault."""
 
 

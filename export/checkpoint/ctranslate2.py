@@ -102,11 +102,6 @@ def read_directory(
         faults += [f"{BINARY_NAME}: {fault}" for fault in tensor_faults(architecture, tensors, variables)]
     if target_prefix is not None and target_prefix not in tokens.numbering.target:
         faults.append(f"target_prefix: {target_prefix!r} is not in the target vocabulary")
-    if not tokens.source_ends_with_eos:
-        faults.append(
-            f"config.json: add_source_eos: false is not supported where a target starts with {config.decoder_start_token!r}: "
-            "sources would not end in the end-of-sentence token"
-        )
     tokenizer = choose_tokenizer(
         tokenizer_directory or directory,
         tokens.vocabularies,
@@ -124,6 +119,7 @@ def read_directory(
         languages=[],
         language_tokens=tokens.language_tokens,
         source_prefix=tokens.source_prefix,
+        source_ends_with_eos=tokens.source_ends_with_eos,
         target_prefix=() if target_prefix is None else (tokens.numbering.target.index(target_prefix),),
         tokenizer=tokenizer.spec,
         tokenizer_files=tokenizer.files,

@@ -36,11 +36,6 @@ _CONVERSION = (
     '("src", "tgt")}; torch.save({"model": state["model"], "generator": state["generator"], "opt": state["opt"], '
     '"vocab": vocab}, NEW_FILE)'
 )
-# Of a bundle every source ends in the end-of-sentence token.
-_SOURCE_END_FAULT = (
-    "sources of OpenNMT-py's models do not end in the end-of-sentence token, and those of a bundle do: such models are read, but "
-    "cannot be served yet"
-)
 _PADDING_TOKEN, _START_TOKEN = "<blank>", "<s>"
 # A file's table has 5000 positions; this is far beyond a sentence.
 _MAX_POSITIONS = 1024
@@ -122,54 +117,45 @@ class OpenNmtPyReader:
         """Read and check the whole checkpoint.
 
         Raises:
-            CheckpointError: with every fault.
+            CheckpointError: with every fault. Tensors are looked at only when settings and vocabularies are known.
         """
-        read_model(path)
-        raise CheckpointError(path, [_SOURCE_END_FAULT])
-
-
-def read_model(path: Path) -> Checkpoint:
-    """Read and check the whole checkpoint, for sources that do not end in the end-of-sentence token.
-
-    Raises:
-        CheckpointError: with every fault. Tensors are looked at only when settings and vocabularies are known.
-    """
-    faults: list[str] = []
-    directory = path if path.is_dir() else path.parent
-    models = sorted(path.glob("*.pt")) if path.is_dir() else [path]
-    if len(models) != 1:
-        names = ", ".join(model.name for model in models)
-        raise CheckpointError(path, [f"one model is needed, and there are several: {names}; an ensemble is not supported"])
-    model_path = models[0]
-    document = read_pickle(model_path, _CONVERSION, faults)
-    if not document:
-        raise CheckpointError(path, faults)
-    if missing := [name for name in ("model", "generator", "vocab", "opt") if name not in document]:
-        raise CheckpointError(path, [f"{model_path.name}: has no {', '.join(missing)}, so it is no model of OpenNMT-py's"])
-    state = _state(document, model_path.name, faults)
-    settings = _settings(document["opt"], state, model_path.name, faults)
-    vocabularies, start = _read_vocabularies(document["vocab"], model_path.name, faults)
-    sample_lines = read_samples(directory, faults)
-    if settings is None or vocabularies is None or not state:
-        raise CheckpointError(path, faults)
-    if settings.share_embeddings and vocabularies.source != vocabularies.target:
-        raise CheckpointError(path, [*faults, f"{model_path.name}: share_embeddings: the vocabularies of src and tgt differ"])
-    config = _architecture(settings, vocabularies, start, state)
-    tensors = _tensors(config, settings, state, model_path.name, faults)
-    choice = choose_tokenizer(directory, vocabularies, faults, sentencepiece=_subword_models(settings))
-    if faults or choice is None:
-        raise CheckpointError(path, faults)
-    return Checkpoint(
-        name=directory.resolve().name if path.is_dir() else model_path.stem,
-        config=config,
-        tensors=tensors,
-        languages=[],
-        tokenizer=choice.spec,
-        tokenizer_files=choice.files,
-        weights_sha256=file_sha256(model_path),
-        sample_lines=sample_lines,
-        warnings=choice.warnings,
-    )
+        faults: list[str] = []
+        directory = path if path.is_dir() else path.parent
+        models = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+        if len(models) != 1:
+            names = ", ".join(model.name for model in models)
+            raise CheckpointError(path, [f"one model is needed, and there are several: {names}; an ensemble is not supported"])
+        model_path = models[0]
+        document = read_pickle(model_path, _CONVERSION, faults)
+        if not document:
+            raise CheckpointError(path, faults)
+        if missing := [name for name in ("model", "generator", "vocab", "opt") if name not in document]:
+            raise CheckpointError(path, [f"{model_path.name}: has no {', '.join(missing)}, so it is no model of OpenNMT-py's"])
+        state = _state(document, model_path.name, faults)
+        settings = _settings(document["opt"], state, model_path.name, faults)
+        vocabularies, start = _read_vocabularies(document["vocab"], model_path.name, faults)
+        sample_lines = read_samples(directory, faults)
+        if settings is None or vocabularies is None or not state:
+            raise CheckpointError(path, faults)
+        if settings.share_embeddings and vocabularies.source != vocabularies.target:
+            raise CheckpointError(path, [*faults, f"{model_path.name}: share_embeddings: the vocabularies of src and tgt differ"])
+        config = _architecture(settings, vocabularies, start, state)
+        tensors = _tensors(config, settings, state, model_path.name, faults)
+        choice = choose_tokenizer(directory, vocabularies, faults, sentencepiece=_subword_models(settings))
+        if faults or choice is None:
+            raise CheckpointError(path, faults)
+        return Checkpoint(
+            name=directory.resolve().name if path.is_dir() else model_path.stem,
+            config=config,
+            tensors=tensors,
+            languages=[],
+            source_ends_with_eos=False,
+            tokenizer=choice.spec,
+            tokenizer_files=choice.files,
+            weights_sha256=file_sha256(model_path),
+            sample_lines=sample_lines,
+            warnings=choice.warnings,
+        )
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:

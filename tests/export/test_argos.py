@@ -114,12 +114,10 @@ def test_byte_pair_codes(package: Path) -> None:
     assert (spec.moses.source_language, spec.moses.target_language) == ("en", "de")
 
 
-def test_sources_that_do_not_end_in_a_token(package: Path) -> None:
-    (package / "model" / "config.json").write_text(json.dumps({**CONFIG, "add_source_eos": False}))
-    assert faults_of(package) == (
-        "config.json: add_source_eos: false is not supported where a target starts with '<s>': "
-        "sources would not end in the end-of-sentence token",
-    )
+@pytest.mark.parametrize("ends", [True, False])
+def test_sources_end_in_a_token_where_the_model_was_made_so(package: Path, ends: bool) -> None:
+    (package / "model" / "config.json").write_text(json.dumps({**CONFIG, "add_source_eos": ends}))
+    assert read_checkpoint(package).source_ends_with_eos == ends
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def string(text: str) -> bytes:
 
 
 def variable(name: str, values: Any, type_name: str | None = None) -> bytes:
-    contents = values.tobytes()
+    contents: bytes = values.tobytes()
     head = struct.pack("<B", values.ndim) + b"".join(struct.pack("<I", length) for length in values.shape)
     type_number = TYPES.index(type_name or values.dtype.name)
     return string(name) + head + struct.pack("<BI", type_number, len(contents)) + contents

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
-from export.checkpoint.opennmt_py import read_model
 from serving.errors import CheckpointError
 from serving.tokenizers import open_tokenizer
 from tests import origins
@@ -73,27 +72,22 @@ def assert_computes(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
 
 
 def test_reads_a_whole_model(directory: Path) -> None:
-    checkpoint = read_model(directory)
+    checkpoint = read_checkpoint(directory)
     assert checkpoint.name == "en-de"
     assert checkpoint.languages == []
     assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.pt").read_bytes()).hexdigest()
     config = checkpoint.config
     assert (config.pad_id, config.eos_id, config.decoder_start_id) == (1, 3, 2)
     assert config.never_decoded == [1, 2]
+    assert not checkpoint.source_ends_with_eos
     assert config.max_positions == 1024
     tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
     assert tokenizer.decode([2, *tokenizer.encode("a man"), 3, 1]) == "a man"
     assert_computes(checkpoint, SETTINGS)
 
 
-def test_it_cannot_be_served_yet(directory: Path) -> None:
-    """Before it could, a source would have to have no end-of-sentence token."""
-    (fault,) = faults_of(directory)
-    assert fault.startswith("sources of OpenNMT-py's models do not end in the end-of-sentence token")
-
-
 def test_the_file_itself(directory: Path) -> None:
-    checkpoint = read_model(directory / "model.pt")
+    checkpoint = read_checkpoint(directory / "model.pt")
     assert checkpoint.name == "model"
     assert_computes(checkpoint, SETTINGS)
 
@@ -111,7 +105,7 @@ def test_the_file_itself(directory: Path) -> None:
 )
 def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
     write(directory, **changed)
-    assert_computes(read_model(directory), {**SETTINGS, **changed})
+    assert_computes(read_checkpoint(directory), {**SETTINGS, **changed})
 
 
 def as_before(document: dict[str, Any]) -> None:
@@ -127,7 +121,7 @@ def as_before(document: dict[str, Any]) -> None:
 
 def test_names_of_older_versions(directory: Path) -> None:
     write(directory, as_before)
-    assert_computes(read_model(directory), SETTINGS)
+    assert_computes(read_checkpoint(directory), SETTINGS)
 
 
 def test_a_table_of_positions_is_taken_as_it_is(directory: Path) -> None:
@@ -136,20 +130,20 @@ def test_a_table_of_positions_is_taken_as_it_is(directory: Path) -> None:
             document["model"][f"{side}.embeddings.make_embedding.pe.pe"] = torch.full((70, 1, 16), 2.0)
 
     write(directory, change)
-    checkpoint = read_model(directory)
+    checkpoint = read_checkpoint(directory)
     assert torch.equal(checkpoint.tensors["decoder.embedding.position_table"], torch.full((70, 16), 2.0))
 
 
 def test_a_start_token_of_its_own(directory: Path) -> None:
     write(directory, lambda document: document["vocab"].update(decoder_start_token="</s>"))
-    assert read_model(directory).config.decoder_start_id == 3
+    assert read_checkpoint(directory).config.decoder_start_id == 3
 
 
 def test_models_that_the_settings_name(directory: Path) -> None:
     (directory / "source.spm").rename(directory / "en.model")
     (directory / "target.spm").rename(directory / "de.model")
     write(directory, src_subword_model="/data/en.model", tgt_subword_model="C:\\data\\de.model")
-    assert {"en.model", "de.model"} <= read_model(directory).tokenizer_files.keys()
+    assert {"en.model", "de.model"} <= read_checkpoint(directory).tokenizer_files.keys()
 
 
 UNSUPPORTED: dict[str, Any] = {

@@ -102,7 +102,8 @@ class Imported:
         unsaid = {config.pad_id, config.eos_id, config.decoder_start_id, *(told.tokens.values() if told else ())}
         allowed = [i for i in range(config.source_vocab_size) if i not in unsaid]
         rng = np.random.default_rng(1)
-        return [(*first, *rng.choice(allowed, rng.integers(1, 20)).tolist(), config.eos_id) for _ in range(number)]
+        end = (config.eos_id,) if checkpoint.source_ends_with_eos else ()
+        return [(*first, *rng.choice(allowed, rng.integers(1, 20)).tolist(), *end) for _ in range(number)]
 
     @property
     def target_prefix(self) -> tuple[int, ...]:
@@ -223,9 +224,15 @@ def bart(work: Path) -> Convert:
 
 
 def opennmt(
-    *, shared: bool, eos_in_source: int = 3, pre_norm: bool = True, positions: bool = True, zero_start: bool = False
+    *,
+    shared: bool,
+    eos_in_source: int = 3,
+    pre_norm: bool = True,
+    positions: bool = True,
+    zero_start: bool = False,
+    ends: bool = True,
 ) -> Callable[[Path], Convert]:
-    """A model as OpenNMT's converters make them, vocabularies of several hundred tokens, sources ended by CTranslate2."""
+    """A model as OpenNMT's converters make them, vocabularies of several hundred tokens, sources ended by CTranslate2 or not."""
 
     def make(work: Path) -> Convert:
         def write(directory: Path, stored: str) -> None:
@@ -245,7 +252,7 @@ def opennmt(
             spec.decoder.start_from_zero_embedding = zero_start
             spec.register_source_vocabulary(source)
             spec.register_target_vocabulary(target)
-            spec.config.add_source_eos = True
+            spec.config.add_source_eos = ends
             spec.validate()
             spec.optimize(quantization=stored)
             directory.mkdir()
@@ -299,6 +306,7 @@ MODELS: dict[str, Callable[[Path], Convert]] = {
     "M2M100": m2m100,
     "BART": bart,
     "OpenNMT": opennmt(shared=True),
+    "OpenNMT, sources without an end": opennmt(shared=True, ends=False),
     "OpenNMT, post-norm, computed positions": opennmt(shared=True, pre_norm=False, positions=False),
     "two vocabularies": opennmt(shared=False),
     "two vocabularies, ends apart": opennmt(shared=False, eos_in_source=100),

@@ -80,6 +80,14 @@ def test_of_a_model_that_is_told_its_source_alone_only_its_target_may_be_asked_f
         preparer.direction("fr", "de")
 
 
+def test_a_source_need_not_end_in_a_token() -> None:
+    preparer = replace(told(before_source=None, before_target=False), language_tokens=None, source_ends_with_eos=False)
+    assert preparer.source_ids("ab", "text") == tuple(ByteTokenizer().encode("ab"))
+    assert len(preparer.source_ids("a" * 32, "text")) == 32
+    with pytest.raises(InvalidRequestError, match="has 33 tokens; at most 32"):
+        preparer.source_ids("a" * 33, "text")
+
+
 def test_the_source_language_may_stay_open_where_no_token_tells_it() -> None:
     assert told(before_source="target", before_target=False).direction("", "fr") == Direction(before_source=(903,))
 
