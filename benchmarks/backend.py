@@ -18,6 +18,8 @@ _VARIABLE = "CT2_USE_MKL"
 # Name -> the variable's value.
 _BACKENDS = {"oneDNN": "0", "MKL": "1"}
 _BATCH, _SOURCE_TOKENS, _TARGET_TOKENS = 8, 33, 16
+# So many times slower than the other backend with a batch, none is the faster one without.
+_HOPELESS = 4.0
 _EFFORT = race.Effort(min_seconds=0.2, min_rounds=2, max_rounds=3)
 
 
@@ -30,10 +32,12 @@ def variants(spec: PeerSpec) -> list[PeerSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The lanes that batches are measured with."""
+    """The lanes that are measured."""
 
-    # All that were there but those of a slower backend than another lane of their split has.
+    # With batches: all that were there but those of a slower backend than another lane of their split has.
     lanes: list[Lane]
+    # One source at a time, where another backend may be the better one: all but the hopeless.
+    contenders: list[Lane]
     # What was tried and how it went.
     notes: tuple[str, ...] = ()
 
@@ -42,12 +46,13 @@ def choose(lanes: Sequence[Lane]) -> Choice:
     """Try the backends of each split on a short job. A split none of whose lanes answers keeps them all."""
     tried = [lane for lane in lanes if lane.kernels]
     if not tried:
-        return Choice(list(lanes))
+        return Choice(list(lanes), list(lanes))
     # Ids that every vocabulary here has as ordinary pieces; where the sources end matters little, as the length is forced.
     sources = random_sources(_BATCH * max(lane.split.workers for lane in tried), _SOURCE_TOKENS, range(10, 1000), 0)
     job = Job(sources=sources, batch=_BATCH, min_target_tokens=_TARGET_TOKENS, max_target_tokens=_TARGET_TOKENS)
     found = race.race(tried, race.same_for_all(job), _EFFORT)
     slower: set[Lane] = set()
+    hopeless: set[Lane] = set()
     notes = []
     for split in dict.fromkeys(lane.split for lane in tried):
         here = {lane: answers for lane, answers in found.answers.items() if lane.split == split}
@@ -55,8 +60,9 @@ def choose(lanes: Sequence[Lane]) -> Choice:
         if here:
             best = fastest(here)
             slower |= {lane for lane in (*here, *lost) if lane != best}
+            hopeless |= {lane for lane in here if _tokens_per_s(here[lane]) * _HOPELESS < _tokens_per_s(here[best])}
             notes.append(_note(split, best, here, lost))
-    return Choice([lane for lane in lanes if lane not in slower], tuple(notes))
+    return Choice([lane for lane in lanes if lane not in slower], [lane for lane in lanes if lane not in hopeless], tuple(notes))
 
 
 def fastest(answers: dict[Lane, list[Answer]]) -> Lane:

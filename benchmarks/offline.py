@@ -105,7 +105,7 @@ def run(setting: Setting) -> Section:
                 choice = backend.choose(runners.lanes)
                 notes += [f"{model.name}, {precision}: {note}" for note in choice.notes]
                 for shape in wanted:
-                    lanes = runners.lanes if shape.one_at_a_time else choice.lanes
+                    lanes = choice.contenders if shape.one_at_a_time else choice.lanes
                     found, lost = measure(model, precision, shape, text, lanes, runners.never_started, setting)
                     measured += found
                     unavailable |= {f"{lane}, {model.name}, {precision}, {shape}": reason for lane, reason in lost.items()}

@@ -5,7 +5,8 @@ whatever is asked for here changes nobody else's answer, and costs only those wh
 
 Definitions are CTranslate2's: a rule changes the logits, and the log-probabilities are of what it leaves. (Hugging Face's beam
 search changes the log-probabilities and does not make them sum to one again.) The order is: repeated tokens, repeated n-grams,
-forbidden sequences, an end that would come too early, then the wished-for prefix.
+forbidden sequences, an end that would come too early, then the wished-for prefix. Only that end is taken out after the softmax,
+as Hugging Face does, with rules and without.
 """
 
 from __future__ import annotations
@@ -66,14 +67,15 @@ class TokenRules:
         for tokens in self._forbidden_sequences:
             if tuple(decoded[1 - len(tokens) :]) == tokens[:-1]:
                 scores[tokens[-1]] = _NEVER
-        if len(decoded) < options.min_target_tokens:
-            scores[self._eos_id] = _NEVER
         scores[logits < _LEAST_LOGIT] = _NEVER
         if scores.max() == _NEVER:
             # Nothing may follow: that is the end.
             scores[self._eos_id] = 0.0
         scores -= scores.max()
         log_probs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum())
+        # As where there are no rules: an end that comes too early keeps its share.
+        if len(decoded) < options.min_target_tokens and log_probs[self._eos_id] < 0:
+            log_probs[self._eos_id] = _NEVER
         wished = options.prefix_bias
         if wished is not None and len(decoded) < len(wished.tokens) and tuple(decoded) == wished.tokens[: len(decoded)]:
             probs = np.exp(log_probs) * (1.0 - wished.strength)

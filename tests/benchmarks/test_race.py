@@ -127,6 +127,14 @@ def test_each_split_runs_batches_with_the_backend_that_is_faster_there(monkeypat
     )
 
 
+def test_without_batches_only_a_hopeless_backend_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "_SETTLE_S", 0.0)
+    theirs = kernel_lanes([], oneDNN_2x1=answer(1.0, tokens=100), MKL_2x1=answer(1.0, tokens=30), MKL_1x2=answer(1.0, tokens=9))
+    theirs += kernel_lanes([], oneDNN_1x2=answer(1.0, tokens=100))
+    contenders = [str(one) for one in backend.choose(theirs).contenders]
+    assert contenders == ["ctranslate2 (2 x 1, oneDNN)", "ctranslate2 (2 x 1, MKL)", "ctranslate2 (1 x 2, oneDNN)"]
+
+
 def test_a_backend_that_fails_is_not_chosen() -> None:
     choice = backend.choose(kernel_lanes([], oneDNN_2x1=answer(1.0, tokens=40), MKL_2x1="no such instruction"))
     assert [one.kernels for one in choice.lanes] == ["oneDNN"]
@@ -137,12 +145,12 @@ def test_a_backend_that_fails_is_not_chosen() -> None:
 
 def test_where_no_backend_answers_none_is_left_out() -> None:
     lanes = kernel_lanes([], oneDNN_2x1="out of memory", MKL_2x1="out of memory")
-    assert backend.choose(lanes) == backend.Choice(lanes)
+    assert backend.choose(lanes) == backend.Choice(lanes, lanes)
 
 
 def test_there_is_nothing_to_choose_without_ctranslate2() -> None:
     ours = lane(FakeProcess(peers.ONNXLATE, [], []))
-    assert backend.choose([ours]) == backend.Choice([ours])
+    assert backend.choose([ours]) == backend.Choice([ours], [ours])
 
 
 # What a peer's own process does.

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
+from export.pipeline import export_bundle
 from serving.errors import CheckpointError
-from serving.tokenizers import open_tokenizer
+from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
-from tests.support import tiny_sentencepiece
+from tests.support import SAMPLE_LINES, tiny_sentencepiece
 from tests.vocabularies import marian_vocabulary
 
 PIECES = [
@@ -84,6 +85,17 @@ def test_reads_a_whole_model(directory: Path) -> None:
     tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
     assert tokenizer.decode([2, *tokenizer.encode("a man"), 3, 1]) == "a man"
     assert_computes(checkpoint, SETTINGS)
+
+
+@pytest.mark.slow
+def test_exported_and_its_tokenizer_loaded(directory: Path, tmp_path: Path) -> None:
+    (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
+    bundle = export_bundle(directory, tmp_path / "bundle", show_progress=False)
+    assert not bundle.manifest.source_ends_with_eos
+    tokenizer = load_tokenizer(bundle)
+    ids = tokenizer.encode(SAMPLE_LINES[0])
+    assert min(ids) >= 4
+    assert tokenizer.decode(ids) == SAMPLE_LINES[0]
 
 
 def test_the_file_itself(directory: Path) -> None:
