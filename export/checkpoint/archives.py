@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.checkpoint.hugging_face import tensor_fault
+
 # Weights hardly compress. An archive that unpacks to many times its size is no model, and could fill the memory.
 _MOST_UNPACKED = 20
 _UNPACKED_ANYWAY_BYTES = 2**24
@@ -85,7 +87,7 @@ def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: 
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         faults.append(f"{file_name}: {field}: is no state dict")
         return {}
-    odd = [f"{file_name}: {field}: {name}: {fault}" for name, tensor in state.items() if (fault := _tensor_fault(tensor))]
+    odd = [f"{file_name}: {field}: {name}: {fault}" for name, tensor in state.items() if (fault := tensor_fault(tensor))]
     faults += odd
     return {} if odd else dict(state)
 
@@ -133,16 +135,6 @@ def _load_fault(error: Exception, conversion: str) -> str:
     if reason := re.search(r"WeightsUnpickler error: (.*)", str(error)):
         return f"cannot be read: {reason[1]}"
     return f"cannot be read: {_first_line(error)}"
-
-
-def _tensor_fault(tensor: Any) -> str | None:
-    """Why what a file holds is no tensor of weights; None when it is one."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return "is no dense tensor"
-    # One value may stand for any number of them: to look at all of them could take hours.
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has shape {list(tensor.shape)}, and fewer values than that are stored"
-    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -191,12 +191,12 @@ def _read_file(path: Path, sha256: hashlib._Hash, faults: list[str]) -> dict[str
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         faults.append(f"{path.name}: is no state dict")
         return {}
-    odd = [f"{path.name}: {name}: {fault}" for name, tensor in stored.items() if (fault := _tensor_fault(tensor))]
+    odd = [f"{path.name}: {name}: {fault}" for name, tensor in stored.items() if (fault := tensor_fault(tensor))]
     faults += odd
     return {} if odd else stored
 
 
-def _tensor_fault(tensor: Any) -> str | None:
+def tensor_fault(tensor: Any) -> str | None:
     """Why what a file holds is no tensor of weights; None when it is one."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return "is no dense tensor"

@@ -185,7 +185,7 @@ class BeamSearch(LaneSearch):
                     self._best_has_ended[slot] |= rank == 0
                     is_enough = self._best_has_ended[slot] and len(kept) >= options.num_hypotheses
                 else:
-                    is_enough = len(kept) >= max(1, math.floor(w * options.patience + 0.5))
+                    is_enough = len(kept) >= max(options.num_hypotheses, math.floor(w * options.patience + 0.5))
                 if is_enough:
                     self._to_beat[slot] = np.inf
                 continue

@@ -138,6 +138,16 @@ def test_a_draw_follows_from_seed_and_position_alone() -> None:
     assert len(set(first)) > 1
 
 
+def test_an_impatient_beam_still_finds_as_many_hypotheses_as_are_returned() -> None:
+    search = make_lane_search(2, 1, 16, EOS_ID, START_ID)
+    search.add(0, DecodingOptions(beam_size=2, num_hypotheses=2, early_stopping=True, patience=0.5, max_target_tokens=5))
+    k = search.num_candidates
+    ids, log_prob = [EOS_ID, *range(4, 3 + k)], [-0.1 - 3 * rank for rank in range(k)]
+    while not search.advance(1, *candidates(ids, log_prob, 2)).finished:
+        pass
+    assert len(search.hypotheses(0)) == 2
+
+
 def candidates(ids: list[int], log_prob: list[float], width: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return np.array([[ids] * width]), np.array([[log_prob] * width], np.float32)
 
