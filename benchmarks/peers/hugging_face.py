@@ -49,6 +49,8 @@ class HuggingFacePeer:
                 attention_mask=torch.tensor(real, device=self._spec.device),
                 num_beams=job.beam_size,
                 do_sample=False,
+                # As the others end a beam search.
+                early_stopping=True,
                 min_new_tokens=job.min_target_tokens,
                 max_new_tokens=job.max_target_tokens,
                 max_length=None,

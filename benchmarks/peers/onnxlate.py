@@ -63,6 +63,8 @@ class OnnxlatePeer:
             beam_size=job.beam_size,
             min_target_tokens=job.min_target_tokens,
             max_target_tokens=job.max_target_tokens,
+            # The rule by which CTranslate2 ends a beam search; any other takes more steps.
+            early_stopping=True,
             # Nobody asks the others for scores either.
             return_scores=False,
         )
