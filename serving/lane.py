@@ -8,7 +8,7 @@ Slots 0 .. n-1 are in use. When a source leaves, the last one moves into its slo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serving.errors import EngineError
@@ -32,6 +32,16 @@ class _Running:
     joined_at_s: float
     steps_before: int
     rows_before: int
+    # Tokens of its target that a stream has been told, or is never told because they are the model's own.
+    told: int
+
+    def tell(self, tokens: Iterable[int]) -> None:
+        """Hand on tokens that come after those that were told."""
+        on_token = self.sequence.on_token
+        assert on_token is not None
+        for token in tokens:
+            on_token(token)
+            self.told += 1
 
 
 class Lane:
@@ -98,7 +108,8 @@ class Lane:
         self._make_source_room(len(sequence.source_ids), slot)
         self.cache.write_source(slot, encoded, len(sequence.source_ids))
         self._search.add(slot, sequence.options)
-        self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped))
+        hidden = sequence.options.hidden_prefix_tokens
+        self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped, hidden))
         self._fresh.append(sequence)
         self._num_streaming += sequence.on_token is not None
 
@@ -129,14 +140,22 @@ class Lane:
         self._steps += 1
         self._rows_stepped += num_sources * self.width
         self._fresh.clear()
+        hypotheses = {slot: self._search.hypotheses(slot) for slot in advance.finished}
         if self._num_streaming:
-            for slot, running in enumerate(self._running):
-                sequence, decoded = running.sequence, self._steps - running.steps_before
-                if sequence.on_token is not None and decoded > sequence.options.hidden_prefix_tokens:
-                    sequence.on_token(self._search.last_token(slot))
-        hypotheses = [self._search.hypotheses(slot) for slot in advance.finished]
+            self._tell(hypotheses)
         left = self._free(advance.finished)
-        return [(sequence, _outcome(sequence, best)) for sequence, best in zip(left, hypotheses, strict=True)]
+        return [(sequence, _outcome(sequence, best)) for sequence, best in zip(left, hypotheses.values(), strict=True)]
+
+    def _tell(self, finished: dict[int, tuple[Hypothesis, ...]]) -> None:
+        """Tell streams what is decided since the last step: of slots that are finished, the rest of their best hypothesis."""
+        for slot, running in enumerate(self._running):
+            if running.sequence.on_token is None:
+                continue
+            if slot not in finished:
+                running.tell(self._search.decided(slot)[running.told :].tolist())
+            elif finished[slot]:
+                hidden = running.sequence.options.hidden_prefix_tokens
+                running.tell(finished[slot][0].target_ids[running.told - hidden :])
 
     def drop(self, reason_to_leave: Callable[[Sequence], Exception | None]) -> list[tuple[Sequence, Outcome]]:
         """Take out the sequences that have a reason to leave, in the middle of their decoding."""

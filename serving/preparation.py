@@ -226,16 +226,6 @@ class TextPreparer:
             _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
             _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
 
-    def check_greedy(self, options: RequestOptions) -> None:
-        """Refuse a beam where text is sent as it is decoded: a beam commits to nothing before its end.
-
-        Raises:
-            InvalidRequestError: naming ``options.beam_size``.
-        """
-        self.check_options(options)
-        if _default(options.beam_size, 1) != 1:
-            raise InvalidRequestError("options.beam_size", f"must be 1 to stream, not {options.beam_size}")
-
     def check_count(self, num_texts: int) -> None:
         """Refuse a request without texts, or with too many.
 

@@ -56,6 +56,8 @@ class DecodingOptions:
     max_target_tokens: int = 256
     # Greedy search does without log-probabilities where nobody wants a score.
     return_scores: bool = True
+    # Whether each token's part in the score is told.
+    return_token_scores: bool = False
     # What the target starts with, whatever the model thinks of it; it adds nothing to the score, and counts for the length.
     target_prefix: tuple[int, ...] = ()
     # So many tokens of the prefix, from its start, are the model's own (the token of a language) and no part of the answer.
@@ -97,6 +99,9 @@ class Hypothesis:
     finish_reason: FinishReason
     # Tokens decoded, the end-of-sentence token included.
     target_tokens: int
+    # The log-probability of each decoded token, the end-of-sentence token included; 0 of a prefix that was forced. Their sum is
+    # what the score divides by the length. None: nobody asked.
+    token_scores: tuple[float, ...] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,7 +136,8 @@ class Sequence:
     expires_at_s: float
     # Called once, on a worker's thread, with what came of it.
     on_outcome: Callable[[Outcome], None]
-    # Called on a worker's thread after each step with the new token, when somebody is streaming (greedy only).
+    # Called on a worker's thread with each token of the best hypothesis, in their order, as soon as nothing can change it any
+    # more, when somebody is streaming. Neither of a model's own prefix nor of the end-of-sentence token.
     # Must not raise: it runs in the middle of a step that others are in.
     on_token: Callable[[int], None] | None = None
     # Set by the caller's side at any time; the worker frees its rows at the next step.

@@ -141,18 +141,18 @@ class Translator:
         return translations
 
     async def stream(self, command: StreamCommand) -> AsyncGenerator[StreamPiece, None]:
-        """Translate one text greedily, telling its text as it is decoded; the last piece carries the whole translation.
+        """Translate one text, telling its text as soon as nothing can change it; the last piece carries the whole translation.
 
         Close the iterator (``contextlib.aclosing``) when leaving it early: that drops the sequence from the engine.
 
         Raises:
-            InvalidRequestError: as ``translate``, and for a beam.
+            InvalidRequestError: as ``translate``.
             OverloadedError, ShuttingDownError, DeadlineExceededError, EngineError: as ``translate``.
         """
         arrived_at_s = self._clock()
         preparer = self.preparer
         direction = preparer.direction(command.source_language, command.target_language)
-        preparer.check_greedy(command.options)
+        preparer.check_options(command.options)
         source = preparer.source_ids(command.text, "text", direction)
         self._check_time(command.deadline_s)
         if not source:
@@ -174,7 +174,7 @@ class Translator:
         try:
             while tokens.outcome is None:
                 await tokens.news.wait()
-                delta = "".join(detokenizer.push(token) for token in tokens.take() if token != preparer.eos_id)
+                delta = "".join(detokenizer.push(token) for token in tokens.take())
                 if delta:
                     yield StreamPiece(text_delta=delta)
         finally:
@@ -182,7 +182,7 @@ class Translator:
                 self._engine.cancel([sequence])
         if tokens.outcome.error is not None:
             raise tokens.outcome.error
-        rest = "".join(detokenizer.push(token) for token in tokens.take() if token != preparer.eos_id) + detokenizer.finish()
+        rest = "".join(detokenizer.push(token) for token in tokens.take()) + detokenizer.finish()
         yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome))
 
     def _check_time(self, deadline_s: float) -> None:

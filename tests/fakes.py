@@ -154,7 +154,7 @@ class ScriptedEngine:
         if outcome is None:
             return
         if sequence.on_token is not None and outcome.hypotheses:
-            for token in (*outcome.hypotheses[0].target_ids, EOS_ID):
+            for token in outcome.hypotheses[0].target_ids:
                 sequence.on_token(token)
         self._end(sequence, outcome)
 

@@ -62,7 +62,8 @@ class TranslationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TranslateStream(self, request, context):
-        """Translates one text and sends its translation piece by piece, as it is decoded. Greedy only: a beam commits to nothing early.
+        """Translates one text and sends its translation piece by piece, as soon as nothing can change it: with beams, what all of them
+        have in common.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

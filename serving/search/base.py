@@ -5,14 +5,18 @@ Knows slots, rows and options; does not know how a token is chosen.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, Hypothesis
 from serving.search.rules import TokenRules
+
+_Number = TypeVar("_Number", np.int32, np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class LaneSearch(ABC):
         num_tokens: int32 [slots, W], tokens decoded so far, which is the position of next_ids; one value for all beams of a
             slot. The same array for life.
         tokens: int32 [slots, W, capacity], the tokens decoded so far by each row; the start token is not among them.
+        sums: float64 [slots, W, capacity], the log-probability of each row's tokens up to each one, of the sources that want it
+            told; None before the first of them.
     """
 
     def __init__(
@@ -65,12 +71,15 @@ class LaneSearch(ABC):
         self.next_ids: NDArray[np.int64] = np.full((num_slots, width), decoder_start_id, np.int64)
         self.num_tokens: NDArray[np.int32] = np.zeros((num_slots, width), np.int32)
         self.tokens: NDArray[np.int32] = np.zeros((num_slots, width, capacity_tokens), np.int32)
+        self.sums: NDArray[np.float64] | None = None
         self._eos_id = eos_id
         self._decoder_start_id = decoder_start_id
         self._options = [DecodingOptions(beam_size=width)] * num_slots
         self._rules: list[TokenRules | None] = [None] * num_slots
         # Sources of the lane that ask anything of single tokens.
         self._num_ruled = 0
+        # Sources of the lane that want the scores of their tokens; while there are any, ``sums`` is written.
+        self._num_token_scored = 0
         # [slots]
         self._min_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
@@ -89,6 +98,9 @@ class LaneSearch(ABC):
         self._max_tokens[slot] = options.max_target_tokens
         self._rules[slot] = TokenRules(options, self._eos_id) if options.has_token_rules else None
         self._num_ruled += _is_ruled(options)
+        self._num_token_scored += options.return_token_scores
+        if options.return_token_scores and self.sums is None:
+            self.sums = np.zeros(self.tokens.shape)
 
     def needs_logits(self, num_slots: int) -> bool:
         """Whether the next step of the first ``num_slots`` slots needs the logits of all tokens."""
@@ -141,18 +153,15 @@ class LaneSearch(ABC):
         Fewer only if no more sequences are possible; none if the model's probabilities were not numbers.
         """
 
-    def last_token(self, slot: int) -> int:
-        """The token that the last step took, for streaming.
-
-        Raises:
-            TypeError: the lane has beams, which commit to nothing before the end.
-        """
-        raise TypeError(f"a search of {self.width} beams commits to no token before its end")
+    @abstractmethod
+    def decided(self, slot: int) -> NDArray[np.int32]:
+        """The tokens that a slot's best hypothesis is sure to start with, for streaming: [how many], never fewer than before."""
 
     def leave(self, slot: int) -> None:
         """A source is over; its slot is free."""
         self._num_ruled -= _is_ruled(self._options[slot])
         self._rules[slot] = None
+        self._num_token_scored -= self._options[slot].return_token_scores
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
@@ -160,14 +169,38 @@ class LaneSearch(ABC):
             array[to_slot] = array[from_slot]
         length = int(self.num_tokens[from_slot, 0])
         self.tokens[to_slot, :, :length] = self.tokens[from_slot, :, :length]
+        if self.sums is not None:
+            self.sums[to_slot, :, :length] = self.sums[from_slot, :, :length]
         self._options[to_slot] = self._options[from_slot]
         self._rules[to_slot] = self._rules[from_slot]
 
     def grow(self, capacity_tokens: int) -> None:
-        """Make room for longer targets, as the caches do. ``tokens`` is a new array."""
-        grown = np.zeros((*self.tokens.shape[:2], capacity_tokens), np.int32)
-        grown[:, :, : self.tokens.shape[2]] = self.tokens
-        self.tokens = grown
+        """Make room for longer targets, as the caches do. ``tokens`` and ``sums`` are new arrays."""
+        self.tokens = _longer(self.tokens, capacity_tokens)
+        if self.sums is not None:
+            self.sums = _longer(self.sums, capacity_tokens)
+
+    def _token_scores(self, slot: int, row: int, length: int, total: float) -> tuple[float, ...] | None:
+        """What each token added to a hypothesis, if its source wants to know.
+
+        Args:
+            slot: its source.
+            row: which held all of its tokens but the last.
+            length: its tokens, the last included.
+            total: its log-probability.
+        """
+        options = self._options[slot]
+        if not options.return_token_scores:
+            return None
+        assert self.sums is not None
+        sums = [0.0, *self.sums[slot, row, : length - 1].tolist(), total]
+        return tuple(after - before for before, after in itertools.pairwise(sums))[options.hidden_prefix_tokens :]
+
+
+def _longer(array: NDArray[_Number], capacity_tokens: int) -> NDArray[_Number]:
+    grown = np.zeros((*array.shape[:2], capacity_tokens), array.dtype)
+    grown[:, :, : array.shape[2]] = array
+    return grown
 
 
 def _is_ruled(options: DecodingOptions) -> bool:

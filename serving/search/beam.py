@@ -59,6 +59,7 @@ class _Kept:
     target_ids: tuple[int, ...]
     finish_reason: FinishReason
     target_tokens: int
+    token_scores: tuple[float, ...] | None
 
 
 class BeamSearch(LaneSearch):
@@ -131,9 +132,26 @@ class BeamSearch(LaneSearch):
                 score=kept.score if options.return_scores else None,
                 finish_reason=kept.finish_reason,
                 target_tokens=kept.target_tokens - options.hidden_prefix_tokens,
+                token_scores=kept.token_scores,
             )
             for kept in best
         )
+
+    def decided(self, slot: int) -> NDArray[np.int32]:
+        """What all running hypotheses have in common, and the best of those that ended with them."""
+        alive = np.flatnonzero(self._scores[slot] > -np.inf)
+        length = int(self.num_tokens[slot, 0])
+        if not len(alive):
+            return self.tokens[slot, 0, :0]
+        if len(alive) > 1:
+            # The start token is no token of the target.
+            length = int(self._shared[slot, alive[0], alive].min()) - 1
+        common = self.tokens[slot, alive[0], :length]
+        if self._kept[slot]:
+            ended = self._kept[slot][0].target_ids[:length]
+            differ = np.flatnonzero(common[: len(ended)] != np.array(ended, np.int32))
+            common = common[: differ[0] if len(differ) else len(ended)]
+        return common
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
@@ -168,17 +186,19 @@ class BeamSearch(LaneSearch):
         for slot, rank in zip(slots.tolist(), ranks.tolist(), strict=True):
             kept = self._kept[slot]
             length = int(self.num_tokens[slot, 0]) + 1
-            score = float(best.scores[slot, rank]) / length ** self._options[slot].length_penalty
             options = self._options[slot]
+            parent, total = int(best.parents[slot, rank]), float(best.scores[slot, rank])
+            score = total / length**options.length_penalty
             if not options.early_stopping and score <= self._to_beat[slot]:
                 continue
-            ids = self.tokens[slot, best.parents[slot, rank], : length - 1].tolist()
+            ids = self.tokens[slot, parent, : length - 1].tolist()
             token = int(best.ids[slot, rank])
             reason = FinishReason.EOS
             if token != self._eos_id:
                 reason = FinishReason.LENGTH
                 ids.append(token)
-            bisect.insort(kept, _Kept(score, tuple(ids), reason, length), key=lambda other: -other.score)
+            token_scores = self._token_scores(slot, parent, length, total)
+            bisect.insort(kept, _Kept(score, tuple(ids), reason, length, token_scores), key=lambda other: -other.score)
             if options.early_stopping:
                 if options.length_penalty == 0:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
@@ -222,6 +242,9 @@ class BeamSearch(LaneSearch):
         self._scores[slots, rows] = running.scores
         self.next_ids[slots, rows] = running.ids
         self.tokens[slots, rows, lengths[:, None] - 1] = running.ids
+        if self._num_token_scored:
+            assert self.sums is not None
+            self.sums[slots, rows, lengths[:, None] - 1] = running.scores
         self.num_tokens[:n] = lengths[:, None]
         return forks
 
@@ -239,6 +262,9 @@ class BeamSearch(LaneSearch):
         starts, stops = self._shared[slots, from_beams, to_beams], lengths[slots]
         longest = int(stops.max()) - 1
         self.tokens[slots, to_beams, :longest] = self.tokens[slots, from_beams, :longest]
+        if self._num_token_scored:
+            assert self.sums is not None
+            self.sums[slots, to_beams, :longest] = self.sums[slots, from_beams, :longest]
         is_needed = (starts < stops) & ~done[slots]
         first_rows = slots * self.width
         columns = (first_rows + from_beams, first_rows + to_beams, starts, stops)

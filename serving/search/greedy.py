@@ -30,10 +30,10 @@ class GreedySearch(LaneSearch):
         """Start a source in a slot that is free."""
         super().add(slot, options)
         self._scores[slot] = 0.0
-        self._is_scored[slot] = options.return_scores
+        self._is_scored[slot] = options.return_scores or options.return_token_scores
 
     def needs_log_probs(self, num_slots: int) -> bool:
-        """Whether any source is to have a score."""
+        """Whether any source is to have a score, or its tokens."""
         return bool(self._is_scored[:num_slots].any())
 
     def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
@@ -50,6 +50,9 @@ class GreedySearch(LaneSearch):
         self.tokens[self._slots[:n], 0, positions] = ids
         self.next_ids[:n, 0] = ids
         self._scores[:n] += log_probs
+        if self._num_token_scored:
+            assert self.sums is not None
+            self.sums[self._slots[:n], 0, positions] = self._scores[:n]
         self.num_tokens[:n] += 1
         return Advance(np.flatnonzero(ends | (self.num_tokens[:n, 0] >= self._max_tokens[:n])).tolist(), [])
 
@@ -59,18 +62,25 @@ class GreedySearch(LaneSearch):
         if not math.isfinite(total):
             return ()
         length = int(self.num_tokens[slot, 0])
+        options = self._options[slot]
         ids = self.tokens[slot, 0, :length].tolist()
         reason = FinishReason.LENGTH
         if ids[-1] == self._eos_id:
             reason = FinishReason.EOS
             ids.pop()
-        score = total / length ** self._options[slot].length_penalty if self._is_scored[slot] else None
-        hidden = self._options[slot].hidden_prefix_tokens
-        return (Hypothesis(target_ids=tuple(ids[hidden:]), score=score, finish_reason=reason, target_tokens=length - hidden),)
+        return (
+            Hypothesis(
+                target_ids=tuple(ids[options.hidden_prefix_tokens :]),
+                score=total / length**options.length_penalty if options.return_scores else None,
+                finish_reason=reason,
+                target_tokens=length - options.hidden_prefix_tokens,
+                token_scores=self._token_scores(slot, 0, length, total),
+            ),
+        )
 
-    def last_token(self, slot: int) -> int:
-        """The token that the last step took; the end-of-sentence token too."""
-        return int(self.next_ids[slot, 0])
+    def decided(self, slot: int) -> NDArray[np.int32]:
+        """All tokens: none is ever taken back."""
+        return self.tokens[slot, 0, : self.num_tokens[slot, 0]]
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""

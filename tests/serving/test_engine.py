@@ -239,14 +239,18 @@ def test_timings_and_counts(engine: Engine) -> None:
         assert min(timings.queue_s, timings.encode_s, timings.decode_s) > 0
 
 
-def test_tokens_are_streamed_as_they_are_decoded(engine: Engine) -> None:
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_tokens_are_streamed_as_they_are_decided(engine: Engine, beam_size: int) -> None:
     tokens: list[int] = []
     waiter = Waiter()
-    sequence = waiter.sequence((5, 6, 7, 3), DecodingOptions(min_target_tokens=6, max_target_tokens=9), on_token=tokens.append)
+    options = DecodingOptions(
+        beam_size=beam_size, min_target_tokens=6, max_target_tokens=9, target_prefix=(7, 8), hidden_prefix_tokens=1
+    )
+    sequence = waiter.sequence((5, 6, 7, 3), options, on_token=tokens.append)
     engine.submit([sequence])
-    ((hypothesis),) = waiter.wait([sequence])[0].hypotheses
-    streamed = tokens[:-1] if hypothesis.finish_reason is FinishReason.EOS else tokens
-    assert tuple(streamed) == hypothesis.target_ids
+    (hypothesis,) = waiter.wait([sequence])[0].hypotheses
+    assert tuple(tokens) == hypothesis.target_ids
+    assert tokens[0] == 8
 
 
 class Gate:

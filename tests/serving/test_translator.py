@@ -367,13 +367,12 @@ async def test_a_blank_text_streams_one_empty_piece(translator: Translator, engi
 @pytest.mark.parametrize(
     ("asked", "field", "reason"),
     [
-        (stream_command("a", beam_size=2), "options.beam_size", "must be 1 to stream, not 2"),
         (stream_command("a", beam_size=9), "options.beam_size", "from 1 to 5, not 9"),
         (stream_command("a", max_target_tokens=0), "options.max_target_tokens", "from 1 to 64"),
         (stream_command("a" * 40), "text", "has 41 tokens"),
         (StreamCommand(text="a", source_language="xx", deadline_s=FAR_S), "source_language", "'xx'"),
     ],
-    ids=["beam", "beam out of bounds", "option", "too long", "language"],
+    ids=["beam out of bounds", "option", "too long", "language"],
 )
 async def test_a_stream_out_of_bounds_is_refused_by_its_name(
     translator: Translator, engine: ScriptedEngine, asked: StreamCommand, field: str, reason: str

@@ -221,10 +221,65 @@ def test_a_row_that_is_not_a_number_goes_no_further() -> None:
     assert [h.target_ids for h in s.search.hypotheses(0)] == [(s.A, s.CAT)]
 
 
-def test_a_beam_streams_nothing() -> None:
-    search = make_lane_search(2, 1, 4, EOS_ID, START_ID)
-    with pytest.raises(TypeError, match="2 beams commits to no token"):
-        search.last_token(0)
+def test_what_all_hypotheses_have_in_common_is_decided() -> None:
+    s = _Script()
+    s.step({s.THE: -0.1, s.A: -0.2})
+    assert s.search.decided(0).tolist() == []
+    # Both that run go on from "the".
+    s.step({s.DOG: -0.1, s.CAT: -0.2})
+    assert s.search.decided(0).tolist() == [s.THE]
+    # "the cat" ended, which may stay the best: "the dog" is not decided though all that runs has it.
+    s.step({s.RUNS: -0.4}, {EOS_ID: -0.3})
+    assert s.tokens()[0] == [s.THE, s.DOG, s.RUNS]
+    assert s.search.decided(0).tolist() == [s.THE]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("width", [2, 3, 5])
+def test_what_is_decided_stays_and_is_what_the_best_hypothesis_starts_with(width: int, early_stopping: bool) -> None:
+    lengths = set()
+    for seed in range(40):
+        lane = ToyLane(width, 2, vocabulary=9)
+        options = DecodingOptions(beam_size=width, max_target_tokens=12, early_stopping=early_stopping)
+        for name in range(2):
+            lane.add(Job(name=name, model=ToyModel(2 * seed + name, 9, eos_bias=-1.0), options=options))
+        lane.run()
+        for name, steps in lane.decided.items():
+            final = lane.hypotheses[name][0].target_ids
+            assert [len(decided) for decided in steps] == sorted(len(decided) for decided in steps)
+            assert all(final[: len(decided)] == decided for decided in steps)
+            lengths |= {len(decided) for decided in steps}
+    assert max(lengths) > 3
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_token_scores_are_the_models_and_make_up_the_score(width: int, hidden: int) -> None:
+    lane = ToyLane(width, 3, vocabulary=9)
+    for name in range(3):
+        options = DecodingOptions(
+            beam_size=width,
+            num_hypotheses=width,
+            max_target_tokens=9,
+            # Only the last one's are wanted, which joins a lane whose sums nobody has kept so far.
+            return_token_scores=name == 2,
+            target_prefix=(4, 5) if name == 2 and hidden else (),
+            hidden_prefix_tokens=hidden if name == 2 else 0,
+        )
+        model = ToyModel(name, 9, eos_bias=-1.0)
+        if name == 2:
+            lane.step()
+        lane.add(Job(name=name, model=model, options=options))
+    lane.run()
+    assert [hypothesis.token_scores for name in (0, 1) for hypothesis in lane.hypotheses[name]] == [None] * (2 * width)
+    for hypothesis in lane.hypotheses[2]:
+        before = (4, 5) if hidden else ()
+        ids = (*hypothesis.target_ids, *((EOS_ID,) if hypothesis.finish_reason is FinishReason.EOS else ()))
+        expected = [model.log_probs((*before, *ids[:i]))[token] for i, token in enumerate(ids)]
+        assert hypothesis.token_scores == pytest.approx(expected, abs=1e-5)
+        assert hypothesis.score == pytest.approx(
+            sum(hypothesis.token_scores or ()) / (hypothesis.target_tokens + hidden), abs=1e-6
+        )
 
 
 def test_it_asks_for_enough_candidates() -> None:

@@ -32,11 +32,11 @@ def test_it_takes_the_best_token_until_the_end() -> None:
     assert search.next_ids.tolist() == [[START_ID]]
     assert _advance(search, (5, -0.5, 6, -1.0)) == Advance([], [])
     assert search.next_ids.tolist() == [[5]]
-    assert search.last_token(0) == 5
+    assert search.decided(0).tolist() == [5]
     assert _advance(search, (6, -0.25, 5, -1.0)) == Advance([], [])
     assert search.num_tokens.tolist() == [[2]]
     assert _advance(search, (EOS_ID, -0.75, 5, -1.0)) == Advance([0], [])
-    assert search.last_token(0) == EOS_ID
+    assert search.decided(0).tolist() == [5, 6, EOS_ID]
     assert search.hypotheses(0) == (
         Hypothesis(target_ids=(5, 6), score=-1.5 / 9, finish_reason=FinishReason.EOS, target_tokens=3),
     )

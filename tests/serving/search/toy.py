@@ -69,6 +69,8 @@ class ToyLane:
     jobs: list[Job] = field(default_factory=list)
     hypotheses: dict[int, tuple[Hypothesis, ...]] = field(default_factory=dict)
     forks: list[Fork] = field(default_factory=list)
+    # What each job was sure of after each of its steps but the last.
+    decided: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.capacity = 2
@@ -123,6 +125,8 @@ class ToyLane:
             assert fork.from_row // self.width not in advance.finished
             self.cache[fork.to_row, fork.start : fork.stop] = self.cache[fork.from_row, fork.start : fork.stop]
         self.check_cache(set(advance.finished))
+        for slot in set(range(len(self.jobs))) - set(advance.finished):
+            self.decided.setdefault(self.jobs[slot].name, []).append(tuple(self.search.decided(slot).tolist()))
         for slot in reversed(advance.finished):
             self.hypotheses[self.jobs[slot].name] = self.search.hypotheses(slot)
             self.remove(slot)
