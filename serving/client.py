@@ -251,7 +251,7 @@ class TranslationClient:
         timeout_s: float | None = None,
         **options: Unpack[DecodingOptions],
     ) -> Iterator[StreamedPiece]:
-        """Translate one text greedily and yield its pieces as they are decoded; the last one carries the whole translation.
+        """Translate one text and yield its pieces as they are decided; the last one carries the whole translation.
 
         Closing the iterator early cancels the call. It is tried again only while nothing has been yielded.
 

@@ -56,9 +56,10 @@ class GrpcClient:
     """onnxlate's typed service, over one channel."""
 
     def __init__(self, target: str, texts: Sequence[str], *, beam_size: int, streamed: bool = False) -> None:
-        """A client of ``target``, HOST:PORT; ``streamed`` takes TranslateStream, which is greedy only."""
+        """A client of ``target``, HOST:PORT; ``streamed`` takes TranslateStream."""
         self._channel = grpc.aio.insecure_channel(target)
-        options = pb.DecodingOptions(beam_size=beam_size)
+        # Beams end by CTranslate2's rule, as the peer's do.
+        options = pb.DecodingOptions(beam_size=beam_size, early_stopping=beam_size > 1)
         self._streamed = streamed
         if streamed:
             self._requests = [pb.TranslateStreamRequest(text=text, options=options).SerializeToString() for text in texts]
