@@ -1,4 +1,4 @@
-"""What models of a single file have in common: NumPy's archives (``.npz``) and torch's pickles (``.pt``).
+"""What files of weights have in common: NumPy's archives (``.npz``), torch's pickles (``.pt``, ``.bin``) and what tensors are.
 
 Knows how to read them without running what is in them and without believing sizes that they only claim; does not know what their
 contents mean.
@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from export.checkpoint.hugging_face import tensor_fault
 
 # Weights hardly compress. An archive that unpacks to many times its size is no model, and could fill the memory.
 _MOST_UNPACKED = 20
@@ -47,7 +45,7 @@ def read_npz(path: Path, faults: list[str]) -> dict[str, NDArray[Any]]:
                 return {name: arrays[name] for name in arrays.files}
     # A broken or hostile archive makes zipfile and NumPy raise nearly anything.
     except Exception as error:
-        found = [f"cannot be read: {_first_line(error)}"]
+        found = [f"cannot be read: {first_line(error)}"]
     faults += [f"{path.name}: {fault}" for fault in found]
     return {}
 
@@ -83,13 +81,42 @@ def read_pickle(path: Path, conversion: str, faults: list[str]) -> dict[str, Any
 
 def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: list[str]) -> dict[str, Tensor]:
     """The tensors that a document of ``read_pickle`` has under ``field``; none after a fault, which goes to ``faults``."""
-    state = document.get(field)
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        faults.append(f"{file_name}: {field}: is no state dict")
+    called = f"{file_name}: {field}"
+    if document.get(field) == {}:
+        faults.append(f"{called}: is no state dict")
         return {}
-    odd = [f"{file_name}: {field}: {name}: {fault}" for name, tensor in state.items() if (fault := tensor_fault(tensor))]
+    return state_dict(document.get(field), called, faults)
+
+
+def state_dict(stored: Any, called: str, faults: list[str]) -> dict[str, Tensor]:
+    """The tensors that a file holds, if it holds nothing else; none after a fault, which goes to ``faults``.
+
+    Args:
+        stored: what was read.
+        called: what it is called in faults.
+        faults: of the whole checkpoint so far.
+    """
+    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
+        faults.append(f"{called}: is no state dict")
+        return {}
+    odd = [f"{called}: {name}: {fault}" for name, tensor in stored.items() if (fault := tensor_fault(tensor))]
     faults += odd
-    return {} if odd else dict(state)
+    return {} if odd else dict(stored)
+
+
+def tensor_fault(tensor: Any) -> str | None:
+    """Why what a file holds is no tensor of weights; None when it is one."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "is no dense tensor"
+    # One value may stand for any number of them: to look at all of them could take hours.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has shape {list(tensor.shape)}, and fewer values than that are stored"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that may follow."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def fields_of(document: Any) -> dict[str, Any] | None:
@@ -117,7 +144,7 @@ def _header_fault(stream: IO[bytes], size_bytes: int) -> str | None:
             return f"is of version {version} of NumPy's format, which is not supported"
         shape, _, dtype = read_header[version](stream)
     except ValueError as error:
-        return f"is no array: {_first_line(error)}"
+        return f"is no array: {first_line(error)}"
     if dtype.hasobject:
         return "holds Python objects, which are not read"
     claimed_bytes = dtype.itemsize
@@ -134,8 +161,4 @@ def _load_fault(error: Exception, conversion: str) -> str:
         return f"needs {refused[1]}, which is not loaded since a pickle may run any code; {conversion}"
     if reason := re.search(r"WeightsUnpickler error: (.*)", str(error)):
         return f"cannot be read: {reason[1]}"
-    return f"cannot be read: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"cannot be read: {first_line(error)}"

@@ -16,6 +16,7 @@ from pydantic_core import from_json
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.checkpoint.archives import first_line, state_dict
 from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
 from export.model import ModelConfig
 from serving.bundle import name_fault
@@ -186,24 +187,9 @@ def _read_file(path: Path, sha256: hashlib._Hash, faults: list[str]) -> dict[str
             hashlib.file_digest(stream, lambda: sha256)
     # A broken or hostile pickle makes torch raise nearly anything.
     except Exception as error:
-        faults.append(f"{path.name}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        faults.append(f"{path.name}: cannot be read: {first_line(error)}")
         return {}
-    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
-        faults.append(f"{path.name}: is no state dict")
-        return {}
-    odd = [f"{path.name}: {name}: {fault}" for name, tensor in stored.items() if (fault := tensor_fault(tensor))]
-    faults += odd
-    return {} if odd else stored
-
-
-def tensor_fault(tensor: Any) -> str | None:
-    """Why what a file holds is no tensor of weights; None when it is one."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return "is no dense tensor"
-    # One value may stand for any number of them: to look at all of them could take hours.
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has shape {list(tensor.shape)}, and fewer values than that are stored"
-    return None
+    return state_dict(stored, path.name, faults)
 
 
 def rename(
