@@ -29,6 +29,8 @@ class Sampling:
     temperature: float = 1.0
     # The same seed draws the same, whoever else is there.
     seed: int = 0
+    # Which of several draws of one source this is.
+    draw: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,7 @@ class TokenRules:
     def _draw(self, log_probs: NDArray[np.float64], position: int) -> int:
         """One token at random, among the ``top_k`` best and of these the fewest that make up ``top_p``.
 
-        What is drawn follows from the seed and the position alone.
+        What is drawn follows from the seed, the number of the draw and the position alone.
         """
         sampling = self._options.sampling
         assert sampling is not None
@@ -103,7 +103,7 @@ class TokenRules:
             scores = scores[: len(order)]
         weights = np.exp((scores - scores.max()) / sampling.temperature)
         borders = np.cumsum(weights)
-        draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
+        draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position + (sampling.draw << 64))).random()
         return int(order[min(int(np.searchsorted(borders, draw * borders[-1], side="right")), len(order) - 1)])
 
 

@@ -138,7 +138,8 @@ class ToyLane:
         assert fork.start < fork.stop
         from_row, to_row = self.cache[fork.from_row], self.cache[fork.to_row]
         assert from_row[: fork.start].tolist() == to_row[: fork.start].tolist()
-        if self.vocabulary > self.width:  # so that every row holds a hypothesis from the first step on
+        forced = self.jobs[fork.from_row // self.width].options.target_prefix
+        if self.vocabulary > self.width and not forced:  # so that every row holds a hypothesis from the first step on
             assert from_row[fork.start] != to_row[fork.start]
 
     def check_cache(self, finished: set[int]) -> None:
