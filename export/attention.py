@@ -20,6 +20,11 @@ GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 HEAD_DIM_STEP = 8
 # Its optional inputs between the lengths and the scales: rotation (two), positions, bias, sinks.
 NUM_UNUSED_INPUTS = 5
+# The runtime's softmax sums up so many numbers at a time, or a divisor of it, and what is left in another order: in rows of
+# multiples of this the sum over a source does not depend on how far a lane is padded.
+_SOFTMAX_STEP = 64
+# What is left of a score that does not count.
+_HIDDEN = -1e9
 
 # The operator that stands for ragged cross-attention in a traced graph, until ``beam_widths.py`` puts real ones in its place.
 RAGGED_DOMAIN = "onnxlate"
@@ -59,15 +64,49 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, n
     return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths)
 
 
-class PaddedCrossAttention(nn.Module):
-    """Attends to the sources at the cost of the longest."""
+class CrossAttention(nn.Module):
+    """What both ways to attend to the sources have in common."""
 
     # Whether the operator returns the caches, to be bound in place.
     owns_caches = False
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
+        """Over floating-point caches, or int8 ones with their scales."""
         super().__init__()
         self.num_heads = num_heads
+        self.scales = scales
+
+    def weights(self, wanted: Tensor, query: Tensor, key: Tensor, step: StepLengths, mean_of: int) -> Tensor:
+        """How much each source token is attended to; the operators do not tell, so it is computed anew.
+
+        Args:
+            wanted: bool scalar; where it is false this costs nothing, and says nothing.
+            query: [B, W, d_model].
+            key: [B, h, S, head_dim].
+            step: the sources' lengths.
+            mean_of: so many heads, the first ones.
+
+        Returns:
+            [B, W, S] float32: sums to 1 over a source's tokens, 0 beyond them.
+        """
+
+        def attend(query: Tensor, key: Tensor, lengths: Tensor, *key_scale: Tensor) -> Tensor:
+            for scale in key_scale:  # of bytes; a query takes it as well as all the keys do
+                query = query * scale
+            return _attention_weights(_split(query, self.num_heads)[:, :mean_of].float(), key[:, :mean_of].float(), lengths)
+
+        def nothing(query: Tensor, key: Tensor, lengths: Tensor, *key_scale: Tensor) -> Tensor:
+            return torch.zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
+
+        inputs = (query, key, step.source, *(() if self.scales is None else (self.scales.key.flatten(),)))
+        if torch.onnx.is_in_onnx_export():
+            weights: Tensor = torch.cond(wanted, attend, nothing, inputs)
+            return weights
+        return attend(*inputs) if wanted else nothing(*inputs)
+
+
+class PaddedCrossAttention(CrossAttention):
+    """Attends to the sources at the cost of the longest."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, step: StepLengths) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, d_model]; key, value [B, h, S, head_dim] -> attended, as query, and both caches."""
@@ -76,16 +115,10 @@ class PaddedCrossAttention(nn.Module):
         return _attend(_split(query, self.num_heads), key, value, step.source), key, value
 
 
-class RaggedCrossAttention(nn.Module):
+class RaggedCrossAttention(CrossAttention):
     """Attends to the sources, each at the cost of its own length; what lies beyond it is never read."""
 
     owns_caches = True
-
-    def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
-        """Over floating-point caches, or int8 ones with their scales."""
-        super().__init__()
-        self.num_heads = num_heads
-        self.scales = scales
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, step: StepLengths) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, d_model]; key, value [B, h, S, head_dim] -> attended, as query, and both caches as they were."""
@@ -199,3 +232,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tenso
     hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
     weights = F.softmax(scores.masked_fill(hidden[:, None, None, :], float("-inf")), dim=3)
     return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def _attention_weights(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
+    """[B, heads, W, head_dim], [B, heads, S, head_dim], [B] -> the mean over the heads [B, W, S], 0 beyond the lengths.
+
+    Bit for bit the same whatever B, W and S are, if S is a multiple of 4, as lanes have it: each query has a product of its own,
+    whose kernel takes so many keys at a time, softmax gets whole steps, and the heads are added up one by one.
+    """
+    scores = (key[:, :, None] @ query[..., None])[..., 0] / math.sqrt(query.shape[3])  # [B, heads, W, S]
+    hidden = (torch.arange(key.shape[2], device=key.device) >= lengths[:, None])[:, None, :]  # [B, 1, S]
+    scores = scores.masked_fill(hidden[:, None], _HIDDEN)
+    padded = F.pad(scores, (0, -key.shape[2] % _SOFTMAX_STEP), value=_HIDDEN)
+    heads = F.softmax(padded, dim=3)[..., : key.shape[2]].unbind(dim=1)
+    total = heads[0]
+    for weights in heads[1:]:
+        total = total + weights
+    # The runtime's softmax leaves a trace of what is hidden.
+    return (total / len(heads)).masked_fill(hidden, 0.0)

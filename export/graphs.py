@@ -205,20 +205,22 @@ class GraphDecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
 
         Returns:
-            X of the same shape, the own cache with this step's keys and values, and the cross cache as it was.
+            X and the query of cross-attention, both of the same shape, the own cache with this step's keys and values, and the
+            cross cache as it was.
         """
         qkv = self.qkv(self.self_residual.enter(x))
         attended, *own_after = self.self_attention(qkv, step, *own)
         x = self.self_residual.leave(x, self.self_output(attended))
         # A source's keys and values are read once for all of its hypotheses.
-        attended, *cross_after = self.cross_attention(self.cross_query(self.cross_residual.enter(x)), *cross, step)
+        query = self.cross_query(self.cross_residual.enter(x))
+        attended, *cross_after = self.cross_attention(query, *cross, step)
         x = self.cross_residual.leave(x, self.cross_output(attended))
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
-        return x, (own_after[0], own_after[1]), (cross_after[0], cross_after[1])
+        return x, query, (own_after[0], own_after[1]), (cross_after[0], cross_after[1])
 
 
 class Candidates(nn.Module):
@@ -285,6 +287,8 @@ class DecoderStepGraph(nn.Module):
         config = model.config
         cross_attention = _CROSS_ATTENTION[device]
         self.keeps_cross_cache = cross_attention.owns_caches
+        self.alignment_layer = config.num_decoder_layers - 1 if config.alignment_layer is None else config.alignment_layer
+        self.alignment_heads = config.alignment_heads or config.num_heads
         self.embedding = GraphEmbedding(model.decoder.embedding)
         self.layers = nn.ModuleList(
             GraphDecoderLayer(_decoder_layer(layer), config, linear, cross_attention(config.num_heads))
@@ -302,9 +306,10 @@ class DecoderStepGraph(nn.Module):
         source_lengths: Tensor,
         candidate_ranks: Tensor,
         log_probs_wanted: Tensor,
+        attention_wanted: Tensor,
         self_cache: list[Tensor],
         cross_cache: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
         """One step.
 
         Args:
@@ -314,13 +319,15 @@ class DecoderStepGraph(nn.Module):
             source_lengths: [B] int32.
             candidate_ranks: [k] int64, 0 .. k - 1; its length says how many candidates are wanted.
             log_probs_wanted: bool scalar; where it is false, candidates come with their logits instead. For a CPU only.
+            attention_wanted: bool scalar; where it is false, ``attention`` says nothing.
             self_cache: 2 * layers of [R, h, C, head_dim]; written in place at each row's position.
             cross_cache: 2 * layers of [B, h, S, head_dim].
 
         Returns:
             Candidate ids [B, W, k] int64, their log-probabilities [B, W, k] float32 (best first), the logits
-            [B, W, padded vocabulary] float32, the self-attention cache, and, from graphs for a CPU, the cross-attention cache as
-            it was: operators that append own their caches.
+            [B, W, padded vocabulary] float32, the attention to the source's tokens [B, W, S] float32 (of the heads that
+            ``ModelConfig`` names; 0 beyond a source), the self-attention cache, and, from graphs for a CPU, the cross-attention
+            cache as it was: operators that append own their caches.
         """
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
         step = attention.StepLengths(
@@ -328,14 +335,22 @@ class DecoderStepGraph(nn.Module):
         )
         appended: list[Tensor] = []
         kept: list[Tensor] = []
+        queries: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             at = slice(2 * i, 2 * i + 2)
-            x, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
+            x, query, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
+            queries.append(query)
             appended += own
             kept += cross
+        at_layer = self.alignment_layer
+        aligning = self.layers[at_layer]
+        assert isinstance(aligning, GraphDecoderLayer)
+        weights = aligning.cross_attention.weights(
+            attention_wanted, queries[at_layer], cross_cache[2 * at_layer], step, self.alignment_heads
+        )
         logits = self.output(self.final_norm(x)).float()
         ids, log_probs = self.candidates(logits, candidate_ranks.shape[0], log_probs_wanted)
-        return ids, log_probs, logits, appended, kept if self.keeps_cross_cache else []
+        return ids, log_probs, logits, weights, appended, kept if self.keeps_cross_cache else []
 
 
 def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,10 @@ class ModelConfig(BaseModel):
     # A LayerNorm right after embedding plus position (BART).
     embedding_norm: bool = False
     layer_norm_eps: float = Field(default=1e-5, gt=0)
+    # Which cross-attention tells what source tokens a target token comes from: that of this decoder layer, counted from 0 (None:
+    # the last), the mean of so many heads, the first ones (None: of all). As in CTranslate2's models; it changes no translation.
+    alignment_layer: int | None = Field(default=None, ge=0)
+    alignment_heads: int | None = Field(default=1, gt=0)
     pad_id: int = Field(ge=0)
     eos_id: int = Field(ge=0)
     # The token that starts every target; Marian uses the padding token.
@@ -74,6 +78,10 @@ class ModelConfig(BaseModel):
             faults.append(
                 f"share_embeddings needs one vocabulary: {self.source_vocab_size} source, {self.target_vocab_size} target"
             )
+        for name, most in (("alignment_layer", self.num_decoder_layers - 1), ("alignment_heads", self.num_heads)):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                faults.append(f"{name} is {value}, at most {most} is possible")
         for name in ("pad_id", "eos_id", "decoder_start_id"):
             if getattr(self, name) >= self.target_vocab_size:
                 faults.append(f"{name} {getattr(self, name)} is outside the target vocabulary of {self.target_vocab_size}")

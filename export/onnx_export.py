@@ -56,6 +56,7 @@ def example_step(
         torch.full((sources,), source_capacity, dtype=torch.int32),
         torch.arange(2),
         torch.tensor(True),
+        torch.tensor(True),
         [torch.zeros(own, dtype=dtype) for _ in range(tensors)],
         [torch.zeros(cross, dtype=dtype) for _ in range(tensors)],
     )
@@ -65,9 +66,9 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
     """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
 
     Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``log_probs_wanted``,
-    ``self_cache.N``, ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``,
-    ``self_cache_appended.N`` and, of a graph for a CPU, ``cross_cache_kept.N``: to be bound to the very memory of the caches
-    that came in.
+    ``attention_wanted``, ``self_cache.N``, ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``,
+    ``attention``, ``self_cache_appended.N`` and, of a graph for a CPU, ``cross_cache_kept.N``: the caches are to be bound to the
+    very memory of those that came in.
 
     Returns:
         The serialized ONNX model.
@@ -80,14 +81,14 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
     model = _trace(
         graph,
         example,
-        dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, {}, [cache] * tensors, [cache] * tensors),
+        dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, {}, {}, [cache] * tensors, [cache] * tensors),
         input_names=[
-            *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted"),
+            *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted", "attention_wanted"),
             *(f"self_cache.{i}" for i in range(tensors)),
             *(f"cross_cache.{i}" for i in range(tensors)),
         ],
         output_names=[
-            *("candidate_ids", "candidate_log_probs", "logits"),
+            *("candidate_ids", "candidate_log_probs", "logits", "attention"),
             *(f"self_cache_appended.{i}" for i in range(tensors)),
             *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.keeps_cross_cache),
         ],

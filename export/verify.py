@@ -114,13 +114,14 @@ class _EagerDecoding:
 
     def step(self, token: int) -> NDArray[np.float32]:
         """The logits after one more token: [padded vocabulary]."""
-        _, _, logits, self._cache, _ = self._decoder(
+        _, _, logits, _, self._cache, _ = self._decoder(
             torch.tensor([[token]]),
             torch.tensor([[self._position]], dtype=torch.int32),
             torch.tensor(self._position + 1, dtype=torch.int32),
             self._lengths,
             torch.arange(1),
             torch.tensor(True),
+            torch.tensor(False),
             self._cache,
             self._cross,
         )
@@ -183,6 +184,7 @@ def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, 
                 "source_lengths": lengths,
                 "candidate_ranks": np.arange(1),
                 "log_probs_wanted": np.array(False),
+                "attention_wanted": np.array(False),
             }
             for fed, array in feeds.items():
                 binding.bind_cpu_input(fed, array)

@@ -32,9 +32,9 @@ DECODER_NAME = "decoder.onnx"
 # Moves rows of the caches on a device; in a bundle of fp16 only, since the others run on a CPU.
 CACHE_ROWS_NAME = "cache_rows.onnx"
 # Raised when a reader of the old revision would misread the new one.
-FORMAT_REVISION = 3
+FORMAT_REVISION = 4
 
-_SUPPORTED_REVISIONS = (3,)
+_SUPPORTED_REVISIONS = (4,)
 
 Precision = Literal["fp32", "int8", "fp16"]
 # Real source sentences that came with the checkpoint, or ids drawn from its vocabulary.

@@ -101,6 +101,8 @@ class Stepped:
     candidate_log_probs: NDArray[np.float32]
     # [sources, W, padded vocabulary], where they were wanted.
     logits: NDArray[np.float32] | None
+    # [sources, W, source capacity], where it was wanted: what share of the attention each source token has, 0 beyond a source.
+    attention: NDArray[np.float32] | None
 
 
 class LaneDecoder(ABC):
@@ -117,16 +119,20 @@ class LaneDecoder(ABC):
         self._positions = positions
         self._longest = np.zeros((), np.int32)
         self._log_probs_wanted = np.ones((), np.bool_)
+        self._attention_wanted = np.zeros((), np.bool_)
         self._ranks = np.arange(num_candidates, dtype=np.int64)
         self._candidate_ids = np.zeros((slots, width, num_candidates), np.int64)
         self._candidate_log_probs = np.zeros((slots, width, num_candidates), np.float32)
         # [slots, width, padded vocabulary], once somebody wants them.
         self._logits: NDArray[np.float32] | None = None
+        # [slots, width, source capacity], once somebody wants it.
+        self._attention: NDArray[np.float32] | None = None
         self._bindings: dict[Hashable, ort.IOBinding] = {}
 
     def rebind(self) -> None:
-        """Forget every binding: the cache's memory is new."""
+        """Forget every binding: the cache's memory is new, and its capacity may be."""
         self._bindings.clear()
+        self._attention = None
 
     def step(
         self,
@@ -135,6 +141,7 @@ class LaneDecoder(ABC):
         *,
         log_probs_wanted: bool = True,
         logits_wanted: bool = False,
+        attention_wanted: bool = False,
         alone: bool = False,
     ) -> Stepped:
         """Decode one token of every row of the first ``num_sources`` slots.
@@ -144,6 +151,7 @@ class LaneDecoder(ABC):
             longest: 1 + the largest position of any of their rows.
             log_probs_wanted: otherwise candidates may come with their logits instead.
             logits_wanted: all logits too.
+            attention_wanted: and what the rows attend to in their sources.
             alone: whether the CPUs of other workers are idle.
 
         Raises:
@@ -151,8 +159,9 @@ class LaneDecoder(ABC):
         """
         self._longest[...] = longest
         self._log_probs_wanted[...] = log_probs_wanted
+        self._attention_wanted[...] = attention_wanted
         session = self._session(alone=alone)
-        key = self._prepare(num_sources, session), logits_wanted
+        key = self._prepare(num_sources, session), logits_wanted, attention_wanted
         binding = self._bindings.get(key)
         if binding is None:
             binding = self._bindings[key] = session.io_binding()
@@ -160,12 +169,20 @@ class LaneDecoder(ABC):
             self._bind_memory(binding, num_sources)
             if logits_wanted:
                 self._bind_logits(binding, num_sources, session)
+            if attention_wanted:
+                self._bind_attention(binding, num_sources)
         run_graph(session, binding)
         return Stepped(
             self._candidate_ids[:num_sources],
             self._candidate_log_probs[:num_sources],
             self._logits[:num_sources] if logits_wanted and self._logits is not None else None,
+            self._attention[:num_sources] if attention_wanted and self._attention is not None else None,
         )
+
+    @property
+    @abstractmethod
+    def _source_capacity(self) -> int:
+        """Tokens of a source that the cache has room for."""
 
     @abstractmethod
     def _session(self, *, alone: bool) -> ort.InferenceSession:
@@ -181,7 +198,12 @@ class LaneDecoder(ABC):
 
     def _bind_host(self, binding: ort.IOBinding, num_sources: int) -> None:
         """Bind what is in host memory on every device: what operators read there, and what is for the search."""
-        inputs = {"longest": self._longest, "candidate_ranks": self._ranks, "log_probs_wanted": self._log_probs_wanted}
+        inputs = {
+            "longest": self._longest,
+            "candidate_ranks": self._ranks,
+            "log_probs_wanted": self._log_probs_wanted,
+            "attention_wanted": self._attention_wanted,
+        }
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, values in (("candidate_ids", self._candidate_ids), ("candidate_log_probs", self._candidate_log_probs)):
@@ -192,6 +214,11 @@ class LaneDecoder(ABC):
             (columns,) = (output.shape[2] for output in session.get_outputs() if output.name == "logits")
             self._logits = np.zeros((*self._target_ids.shape, columns), np.float32)
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[:num_sources]))
+
+    def _bind_attention(self, binding: ort.IOBinding, num_sources: int) -> None:
+        if self._attention is None:
+            self._attention = np.zeros((*self._target_ids.shape, self._source_capacity), np.float32)
+        binding.bind_ortvalue_output("attention", ort.OrtValue.ortvalue_from_numpy(self._attention[:num_sources]))
 
 
 def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

@@ -137,6 +137,10 @@ class DeviceLaneDecoder(LaneDecoder):
             for name, array in (("target_ids", target_ids), ("positions", positions), ("source_lengths", cache.source_lengths))
         }
 
+    @property
+    def _source_capacity(self) -> int:
+        return self._cache.source_capacity
+
     def _session(self, *, alone: bool) -> ort.InferenceSession:
         return self._decoder
 

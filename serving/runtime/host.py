@@ -86,6 +86,10 @@ class HostLaneDecoder(LaneDecoder):
         self._keeps_cross_cache = "cross_cache_kept.0" in {output.name for output in shared.get_outputs()}
         self._cache = cache
 
+    @property
+    def _source_capacity(self) -> int:
+        return self._cache.source_capacity
+
     def _session(self, *, alone: bool) -> ort.InferenceSession:
         return self._lone if alone else self._shared
 

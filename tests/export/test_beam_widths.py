@@ -25,7 +25,7 @@ from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
 
 WIDTHS = [1, 2, 3, 4, 5, 16]
-SOURCE_CAPACITY, TARGET_CAPACITY = 23, 9
+SOURCE_CAPACITY, TARGET_CAPACITY = 24, 9
 SOURCE_LENGTHS = [9, 23, 1]
 SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
 
@@ -75,6 +75,7 @@ def random_feeds(traced: Traced, width: int) -> Feeds:
         "source_lengths": np.array(SOURCE_LENGTHS, np.int32),
         "candidate_ranks": np.arange(3),
         "log_probs_wanted": np.array(True),
+        "attention_wanted": np.array(True),
         **{f"self_cache.{i}": cache(sources * width, TARGET_CAPACITY) for i in tensors},
         **{f"cross_cache.{i}": cache(sources, SOURCE_CAPACITY) for i in tensors},
     }
@@ -95,27 +96,24 @@ def run_in_place(traced: Traced, feeds: Feeds) -> tuple[Feeds, Feeds]:
             kind, _, number = name.partition(".")
             after = {"self_cache": "self_cache_appended", "cross_cache": "cross_cache_kept"}[kind]
             binding.bind_ortvalue_output(f"{after}.{number}", value)
-    names = ("candidate_ids", "candidate_log_probs", "logits")
+    names = ("candidate_ids", "candidate_log_probs", "logits", "attention")
     for name in names:
         binding.bind_output(name)
     traced.session.run_with_iobinding(binding)
-    return dict(zip(names, (value.numpy() for value in binding.get_outputs()[-3:]), strict=True)), caches
+    return dict(zip(names, (value.numpy() for value in binding.get_outputs()[-len(names) :]), strict=True)), caches
 
 
-def run_module(traced: Traced, feeds: Feeds) -> NDArray[np.float32]:
+def run_module(traced: Traced, feeds: Feeds) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits and attention."""
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
     count = range(2 * traced.config.num_decoder_layers)
     with torch.no_grad():
-        _, _, logits, _, _ = traced.module(
-            *(
-                tensors[name]
-                for name in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")
-            ),
+        _, _, logits, weights, _, _ = traced.module(
+            *(tensors[name] for name in feeds if "cache" not in name),
             [tensors[f"self_cache.{i}"] for i in count],
             [tensors[f"cross_cache.{i}"] for i in count],
         )
-    found: NDArray[np.float32] = logits.numpy()
-    return found
+    return logits.numpy(), weights.numpy()
 
 
 def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -131,11 +129,12 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def test_every_width_equals_the_module(traced: Traced, width: int) -> None:
     feeds = random_feeds(traced, width)
     got, _ = run_in_place(traced, feeds)
-    expected = run_module(traced, feeds)
+    expected, attention = run_module(traced, feeds)
     decodable = [i for i in range(traced.config.target_vocab_size) if i not in traced.config.never_decoded]
     difference = np.abs(got["logits"] - expected)[..., decodable]
     if traced.cache_dtype is np.float32:
         assert difference.max() < 1e-4
+        assert np.abs(got["attention"] - attention).max() < 1e-5
     else:
         # A sum that ends at the middle of two bytes may be rounded to either; nearly all rows meet none.
         assert np.median(difference.max(axis=2)) < 1e-4
@@ -195,12 +194,13 @@ def test_a_position_within_a_source_is_read(traced: Traced, width: int) -> None:
 def test_a_capacity_beyond_the_longest_source_changes_nothing(traced: Traced) -> None:
     feeds = random_feeds(traced, 3)
     grown = {
-        name: np.pad(array, ((0, 0), (0, 0), (0, 41), (0, 0))) if name.startswith("cross_cache") else array
+        name: np.pad(array, ((0, 0), (0, 0), (0, 40), (0, 0))) if name.startswith("cross_cache") else array
         for name, array in feeds.items()
     }
     got, expected = run_in_place(traced, grown)[0], run_in_place(traced, feeds)[0]
+    assert not got["attention"][..., SOURCE_CAPACITY:].any()
     for name, array in expected.items():
-        assert np.array_equal(got[name], array), name
+        assert np.array_equal(got[name][..., : array.shape[-1]], array), name
 
 
 @pytest.mark.parametrize("width", [MAX_BEAM_SIZE + 1, 2 * MAX_BEAM_SIZE])

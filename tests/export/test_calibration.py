@@ -58,7 +58,7 @@ def caches_after(model: Transformer, reference: verify.Reference) -> tuple[Tenso
     for position, token in enumerate(reference.target_ids):
         decoder(
             torch.tensor([[token]]), torch.tensor([[position]], dtype=torch.int32), torch.tensor(position + 1, dtype=torch.int32),
-            lengths, torch.arange(1), torch.tensor(False), own, list(cross),
+            lengths, torch.arange(1), torch.tensor(False), torch.tensor(False), own, list(cross),
         )  # fmt: skip
     return cross[:, 0], torch.stack(own)[:, 0]
 
@@ -160,6 +160,7 @@ def random_step(calibrated: Calibrated, *, sources: int, width: int, seed: int) 
         "source_lengths": rng.integers(1, 12, sources).astype(np.int32),
         "candidate_ranks": np.arange(3),
         "log_probs_wanted": np.array(True),
+        "attention_wanted": np.array(True),
         **{f"self_cache.{i}": rng.integers(-127, 128, (sources * width, 2, 9, 16)).astype(np.int8) for i in range(4)},
         **{f"cross_cache.{i}": rng.integers(-127, 128, (sources, 2, 12, 16)).astype(np.int8) for i in range(4)},
     }
@@ -168,15 +169,12 @@ def random_step(calibrated: Calibrated, *, sources: int, width: int, seed: int) 
 @pytest.mark.parametrize(("sources", "width"), [(1, 1), (32, 1), (8, 4)])
 def test_the_traced_step_equals_its_module(calibrated: Calibrated, sources: int, width: int) -> None:
     feeds = random_step(calibrated, sources=sources, width=width, seed=width)
-    names = ["logits", *(f"self_cache_appended.{i}" for i in range(4))]
-    got, *appended = load_graph(calibrated.decoder_onnx).run(names, feeds)
+    names = ["logits", "attention", *(f"self_cache_appended.{i}" for i in range(4))]
+    got, attention, *appended = load_graph(calibrated.decoder_onnx).run(names, feeds)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
     with torch.no_grad():
-        _, _, logits, own, _ = calibrated.decoder(
-            *(
-                tensors[n]
-                for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")
-            ),
+        _, _, logits, weights, own, _ = calibrated.decoder(
+            *(tensors[name] for name in feeds if "cache" not in name),
             [tensors[f"self_cache.{i}"] for i in range(4)],
             [tensors[f"cross_cache.{i}"] for i in range(4)],
         )
@@ -184,6 +182,7 @@ def test_the_traced_step_equals_its_module(calibrated: Calibrated, sources: int,
     difference = np.abs(got - logits.numpy())[..., decodable].max(axis=2)
     # A row in which nothing lies between two bytes is the same but for rounding in float32; such are nearly all.
     assert np.median(difference) < 1e-4
+    assert np.median(np.abs(attention - weights.numpy()).max(axis=2)) < 1e-5
     assert difference.max() < 0.05 * np.ptp(logits.numpy()[..., decodable])
     rows = np.arange(sources * width)
     for tensor, expected in zip(appended, own, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,18 @@ from serving.bundle import Bundle, manifest_faults, read_bundle
 from serving.errors import ExportError
 
 # Versions of the operators for which ONNX Runtime has CUDA kernels of the types in these graphs (its docs/OperatorKernels.md).
-# A kernel whose range is open fits its first version alone; an operator of another version is run on the CPU, with copies.
+# A kernel whose range is open fits its first version alone (If's is from 13 to 18); an operator of another version is run on the
+# CPU, with copies.
 CUDA_KERNELS: dict[str, set[int]] = {
     **{name: {13} for name in ("Concat", "Equal", "Expand", "Gather", "GatherElements", "Less", "LogSoftmax", "MatMul", "Mod")},
+    **{name: {13} for name in ("Neg", "Slice", "Softmax")},
     **{name: {14} for name in ("Add", "Div", "Mul", "Relu", "Sub")},
     **{name: {13, 21} for name in ("Squeeze", "Transpose", "Unsqueeze")},
+    **{name: {16} for name in ("GreaterOrEqual", "If", "Where")},
     "And": {7},
     "Cast": {13, 19, 21},
     "LayerNormalization": {17},
+    "Pad": {18},
     "Range": {11},
     "ReduceMax": {18},
     "Reshape": {14, 19, 21},
@@ -61,11 +66,20 @@ def test_caches_are_half_and_logits_are_not(exported: Bundle) -> None:
     assert element_types(graph.value_info)[normalized.output[0]] == TensorProto.FLOAT
 
 
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph, of its branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes(attribute.g)
+
+
 def test_every_operator_has_a_cuda_kernel(exported: Bundle) -> None:
     for path in (exported.encoder_path, exported.decoder_path, exported.cache_rows_path):
         model = onnx.load(path)
         (opset,) = [entry.version for entry in model.opset_import if entry.domain == ""]
-        for node in model.graph.node:
+        for node in nodes(model.graph):
             if node.domain == "com.microsoft":
                 assert node.op_type in CUDA_KERNELS_OF_MICROSOFT
             else:

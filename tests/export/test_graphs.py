@@ -11,11 +11,13 @@ from torch import Tensor
 
 from export import graphs
 from export.graphs import Candidates, DecoderStepGraph, EncoderGraph, candidate_block, max_candidates
-from export.model import ModelConfig, Transformer
+from export.model import ModelConfig, Transformer, length_mask
 from export.onnx_export import example_step, export_decoder, export_encoder
 from serving.runtime import load_graph
 from tests.support import tiny_config
 
+# Neither log-probabilities nor attention.
+UNWANTED = (torch.tensor(False), torch.tensor(False))
 VARIATIONS = {
     "paper": {},
     "pre-norm": {"norm": "pre"},
@@ -50,8 +52,8 @@ def decode_cached(model: Transformer, source_ids: Tensor, lengths: Tensor, targe
     for t in range(steps):
         positions = torch.full((batch, 1), t, dtype=torch.int32)
         longest = torch.tensor(t + 1, dtype=torch.int32)
-        _, _, step_logits, cache, _ = decoder(
-            target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), torch.tensor(False), cache, cross
+        _, _, step_logits, _, cache, _ = decoder(
+            target_ids[:, t : t + 1], positions, longest, lengths.int(), torch.arange(2), *UNWANTED, cache, cross
         )
         logits.append(step_logits[:, 0, : model.config.target_vocab_size])
     return torch.stack(logits, dim=1)
@@ -72,6 +74,40 @@ def test_cached_decoding_equals_the_full_masked_pass(overrides: dict[str, object
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("overrides", "layer", "heads"),
+    [
+        ({}, 2, 1),
+        ({"alignment_heads": 3}, 2, 3),
+        ({"alignment_heads": None, "alignment_layer": 0}, 0, 4),
+        ({"alignment_heads": None, "alignment_layer": 1, "norm": "pre"}, 1, 4),
+    ],
+    ids=["first head of the last layer", "some heads", "all of the first layer", "all of one between"],
+)
+def test_attention_is_that_of_the_full_pass(overrides: dict[str, object], layer: int, heads: int) -> None:
+    model = random_model(num_decoder_layers=3, num_heads=4, d_model=32, **overrides)
+    source_ids, lengths = torch.tensor([[5, 9, 11, 20, 3], [7, 8, 3, 0, 0]]), torch.tensor([5, 3])
+    target_ids = torch.tensor([[2, 9, 30, 31], [2, 40, 41, 10]])
+    seen: dict[str, Tensor] = {}
+    crossing = model.decoder.layers[layer].cross_attention
+    for name in ("query", "key"):
+        getattr(crossing, name).register_forward_hook(lambda _, __, made, name=name: seen.update({name: made}))
+    model(source_ids, lengths, target_ids)
+    query, key = (torch.unflatten(seen[name], 2, (4, 8)).transpose(1, 2) for name in ("query", "key"))
+    scores = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(~length_mask(lengths, 5), float("-inf"))
+    expected = scores.softmax(dim=3)[:, :heads].mean(dim=1)
+    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
+    cross = list(encoder(source_ids, lengths.int()))
+    *_, cache, _ = example_step(model.config, sources=2, width=1, source_capacity=1, target_capacity=4, dtype=torch.float32)
+    for t in range(4):
+        positions, longest = torch.full((2, 1), t, dtype=torch.int32), torch.tensor(t + 1, dtype=torch.int32)
+        wanted = (torch.tensor(False), torch.tensor(True))
+        token = target_ids[:, t : t + 1]
+        _, _, _, got, cache, _ = decoder(token, positions, longest, lengths.int(), torch.arange(2), *wanted, cache, cross)
+        torch.testing.assert_close(got[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_rows_at_different_positions_do_not_see_each_other() -> None:
     model = random_model()
     source_ids, lengths = torch.tensor([[5, 9, 3]]), torch.tensor([3], dtype=torch.int32)
@@ -85,11 +121,11 @@ def test_rows_at_different_positions_do_not_see_each_other() -> None:
         part = [c[:1] for c in cache]
         decoder(
             torch.tensor([[target[t]]]), torch.tensor([[t]], dtype=torch.int32), torch.tensor(t + 1, dtype=torch.int32),
-            lengths, torch.arange(2), torch.tensor(False), part, list(cross_one),
+            lengths, torch.arange(2), *UNWANTED, part, list(cross_one),
         )  # fmt: skip
     _, _, logits, *_ = decoder(
         torch.tensor([[30], [2]]), torch.tensor([[2], [0]], dtype=torch.int32), torch.tensor(3, dtype=torch.int32),
-        lengths.expand(2), torch.arange(2), torch.tensor(False), cache, list(two),
+        lengths.expand(2), torch.arange(2), *UNWANTED, cache, list(two),
     )  # fmt: skip
     expected = model(source_ids, lengths, torch.tensor([target]))[0]
     decodable = [i for i in range(64) if i not in (0, 2)]
@@ -142,9 +178,17 @@ def feeds_for(config: ModelConfig, *, sources: int, width: int, source: int, tar
         "source_lengths": rng.integers(1, source + 1, sources).astype(np.int32),
         "candidate_ranks": np.arange(3),
         "log_probs_wanted": np.array(True),
+        "attention_wanted": np.array(True),
         **{f"self_cache.{i}": rng.standard_normal(own, np.float32) for i in tensors},
         **{f"cross_cache.{i}": rng.standard_normal(cross, np.float32) for i in tensors},
     }
+
+
+# Arguments of a step, in their order, before the caches.
+NOT_CACHES = (
+    *("target_ids", "positions", "longest", "source_lengths", "candidate_ranks"),
+    *("log_probs_wanted", "attention_wanted"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,25 +238,26 @@ def test_the_traced_encoder_equals_its_module(traced: Traced, sources: int, leng
 @pytest.mark.parametrize(("sources", "width", "source", "target"), [(1, 1, 1, 1), (4, 1, 9, 6), (1, 5, 3, 40), (3, 4, 20, 7)])
 def test_the_traced_step_equals_its_module(traced: Traced, sources: int, width: int, source: int, target: int) -> None:
     feeds = feeds_for(traced.config, sources=sources, width=width, source=source, target=target, seed=width)
-    names = ["candidate_ids", "candidate_log_probs", "logits", *(f"self_cache_appended.{i}" for i in range(4))]
+    names = ["candidate_ids", "candidate_log_probs", "logits", "attention", *(f"self_cache_appended.{i}" for i in range(4))]
     if traced.decoder.keeps_cross_cache:
         names += [f"cross_cache_kept.{i}" for i in range(4)]
     got = load_graph(traced.decoder_onnx).run(names, feeds)
     as_tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
-    ids, log_probs, logits, cache, kept = traced.decoder(
-        *(as_tensors[n] for n in ("target_ids", "positions", "longest", "source_lengths", "candidate_ranks", "log_probs_wanted")),
+    ids, log_probs, logits, weights, cache, kept = traced.decoder(
+        *(as_tensors[name] for name in NOT_CACHES),
         [as_tensors[f"self_cache.{i}"] for i in range(4)],
         [as_tensors[f"cross_cache.{i}"] for i in range(4)],
     )
     np.testing.assert_allclose(got[2], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(got[1], log_probs.numpy(), atol=1e-4)
+    np.testing.assert_allclose(got[3], weights.numpy(), atol=1e-5)
     assert np.array_equal(got[0], ids.numpy())
     # Cross-attention caches come back as they were.
-    for i, (tensor, after) in enumerate(zip(got[7:], kept, strict=True)):
+    for i, (tensor, after) in enumerate(zip(got[8:], kept, strict=True)):
         for row, length in enumerate(feeds["source_lengths"]):
             assert np.array_equal(tensor[row, :, :length], feeds[f"cross_cache.{i}"][row, :, :length])
         assert torch.equal(after, as_tensors[f"cross_cache.{i}"])
-    for appended, expected in zip(got[3:7], cache, strict=True):
+    for appended, expected in zip(got[4:8], cache, strict=True):
         # Out of place, the operator copies what a row has so far and leaves the rest; in place, the rest stays what it was.
         for row, position in enumerate(feeds["positions"].reshape(-1)):
             np.testing.assert_allclose(appended[row, :, : position + 1], expected.numpy()[row, :, : position + 1], atol=1e-4)
@@ -227,6 +272,23 @@ def test_traced_candidates_are_the_same_whether_scores_are_wanted_or_not(traced:
     assert np.array_equal(without[0], ids)
     on_request = traced.decoder.candidates.scores_on_request
     assert np.array_equal(without[1], np.take_along_axis(logits, ids, 2) if on_request else log_probs)
+
+
+def test_attention_that_is_wanted_changes_nothing_else(traced: Traced) -> None:
+    feeds = feeds_for(traced.config, sources=3, width=2, source=12, target=6, seed=3)
+    session = load_graph(traced.decoder_onnx)
+    names = [output.name for output in session.get_outputs()]
+    wanted, unwanted = (
+        dict(zip(names, session.run(names, feeds | {"attention_wanted": np.array(flag)}), strict=True)) for flag in (True, False)
+    )
+    attention, nothing = wanted.pop("attention"), unwanted.pop("attention")
+    assert attention.shape == nothing.shape == (3, 2, 12)
+    np.testing.assert_allclose(attention.sum(axis=2), 1, atol=1e-6)
+    beyond = np.arange(12) >= feeds["source_lengths"][:, None]
+    assert not attention[np.broadcast_to(beyond[:, None], attention.shape)].any()
+    assert not nothing.any()
+    for name, array in wanted.items():
+        assert np.array_equal(array, unwanted[name], equal_nan=True), name
 
 
 def operators(graph: onnx.GraphProto) -> Iterator[str]:
