@@ -107,7 +107,7 @@ class Lane:
         slot = len(self._running)
         self._make_source_room(len(sequence.source_ids), slot)
         self.cache.write_source(slot, encoded, len(sequence.source_ids))
-        self._search.add(slot, sequence.options)
+        self._search.add(slot, sequence.options, len(sequence.source_ids))
         hidden = sequence.options.hidden_prefix_tokens
         self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped, hidden))
         self._fresh.append(sequence)
@@ -133,9 +133,12 @@ class Lane:
             longest,
             log_probs_wanted=self._search.needs_log_probs(num_sources),
             logits_wanted=self._search.needs_logits(num_sources),
+            attention_wanted=self._search.needs_attention,
             alone=alone,
         )
-        advance = self._search.advance(num_sources, stepped.candidate_ids, stepped.candidate_log_probs, stepped.logits)
+        advance = self._search.advance(
+            num_sources, stepped.candidate_ids, stepped.candidate_log_probs, stepped.logits, stepped.attention
+        )
         self.cache.copy_rows(advance.forks)
         self._steps += 1
         self._rows_stepped += num_sources * self.width

@@ -1,6 +1,6 @@
 """The nouns of decoding: options, a sequence to decode, what came of it.
 
-Knows ids and times; does not know text, arrays, caches, graphs or rpc.
+Knows ids and times; does not know text, caches, graphs or rpc.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class FinishReason(enum.Enum):
@@ -60,6 +63,8 @@ class DecodingOptions:
     return_scores: bool = True
     # Whether each token's part in the score is told.
     return_token_scores: bool = False
+    # Whether it is told which source tokens each token attended to.
+    return_attention: bool = False
     # What the target starts with, whatever the model thinks of it; it adds nothing to the score, and counts for the length.
     target_prefix: tuple[int, ...] = ()
     # So many tokens of the prefix, from its start, are the model's own (the token of a language) and no part of the answer.
@@ -104,6 +109,9 @@ class Hypothesis:
     # The log-probability of each decoded token, the end-of-sentence token included; 0 of a prefix that was forced. Their sum is
     # what the score divides by the length. None: nobody asked.
     token_scores: tuple[float, ...] | None = None
+    # [target_ids, source_ids]: what share of the attention each source token had, in the layer and the heads that the model
+    # tells it of. None: nobody asked.
+    attention: NDArray[np.float32] | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, Hypothesis
+from serving.search.attention import AttentionHistory
 from serving.search.rules import TokenRules
 
 _Number = TypeVar("_Number", np.int32, np.float64)
@@ -80,6 +81,7 @@ class LaneSearch(ABC):
         self._num_ruled = 0
         # Sources of the lane that want the scores of their tokens; while there are any, ``sums`` is written.
         self._num_token_scored = 0
+        self._attention = AttentionHistory(num_slots, width)
         # [slots]
         self._min_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
@@ -88,8 +90,8 @@ class LaneSearch(ABC):
     def needs_log_probs(self, num_slots: int) -> bool:
         """Whether the next step of the first ``num_slots`` slots needs log-probabilities; it may get logits where not."""
 
-    def add(self, slot: int, options: DecodingOptions) -> None:
-        """Start a source in a slot that is free."""
+    def add(self, slot: int, options: DecodingOptions, source_tokens: int = 0) -> None:
+        """Start a source of so many tokens, which need not be told where its attention is not, in a slot that is free."""
         assert options.beam_size == self.width, "a lane holds one beam width"
         self.next_ids[slot] = self._decoder_start_id
         self.num_tokens[slot] = 0
@@ -101,10 +103,17 @@ class LaneSearch(ABC):
         self._num_token_scored += options.return_token_scores
         if options.return_token_scores and self.sums is None:
             self.sums = np.zeros(self.tokens.shape)
+        if options.return_attention:
+            self._attention.add(slot, source_tokens)
 
     def needs_logits(self, num_slots: int) -> bool:
         """Whether the next step of the first ``num_slots`` slots needs the logits of all tokens."""
         return any(rules is not None for rules in self._rules[:num_slots]) if self._num_ruled else False
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the next step needs to tell what the rows attend to."""
+        return self._attention.is_wanted
 
     def advance(
         self,
@@ -112,6 +121,7 @@ class LaneSearch(ABC):
         candidate_ids: NDArray[np.int64],
         candidate_log_probs: NDArray[np.float32],
         logits: NDArray[np.float32] | None = None,
+        attention: NDArray[np.float32] | None = None,
     ) -> Advance:
         """Take one more token in each of the slots 0 to num_slots - 1.
 
@@ -121,7 +131,11 @@ class LaneSearch(ABC):
             candidate_log_probs: [num_slots, W, K], the logarithm of their probability among all tokens that may be decoded, or
                 else their logits; see ``needs_log_probs``. May be written to.
             logits: [num_slots, W, V]; see ``needs_logits``.
+            attention: [num_slots, W, S], 0 beyond a source; see ``needs_attention``.
         """
+        if self._attention.is_wanted:
+            assert attention is not None
+            self._attention.record(attention, self.num_tokens[:num_slots, 0])
         if self._num_ruled:
             self._apply_rules(num_slots, candidate_ids, candidate_log_probs, logits)
         return self._advance(num_slots, candidate_ids, candidate_log_probs)
@@ -162,6 +176,7 @@ class LaneSearch(ABC):
         self._num_ruled -= _is_ruled(self._options[slot])
         self._rules[slot] = None
         self._num_token_scored -= self._options[slot].return_token_scores
+        self._attention.leave(slot)
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
@@ -173,6 +188,7 @@ class LaneSearch(ABC):
             self.sums[to_slot, :, :length] = self.sums[from_slot, :, :length]
         self._options[to_slot] = self._options[from_slot]
         self._rules[to_slot] = self._rules[from_slot]
+        self._attention.move(from_slot, to_slot)
 
     def grow(self, capacity_tokens: int) -> None:
         """Make room for longer targets, as the caches do. ``tokens`` and ``sums`` are new arrays."""

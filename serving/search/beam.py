@@ -60,6 +60,7 @@ class _Kept:
     finish_reason: FinishReason
     target_tokens: int
     token_scores: tuple[float, ...] | None
+    attention: NDArray[np.float32] | None
 
 
 class BeamSearch(LaneSearch):
@@ -92,9 +93,9 @@ class BeamSearch(LaneSearch):
         self._beams = np.arange(width)
         self._is_better_rank: NDArray[np.bool_] = self._beams < self._beams[:, None]
 
-    def add(self, slot: int, options: DecodingOptions) -> None:
-        """Start a source in a slot that is free."""
-        super().add(slot, options)
+    def add(self, slot: int, options: DecodingOptions, source_tokens: int = 0) -> None:
+        """Start a source in a slot that is free; see `LaneSearch.add`."""
+        super().add(slot, options, source_tokens)
         self._scores[slot] = -np.inf
         self._scores[slot, 0] = 0.0
         # Every row reads the start token at position 0.
@@ -133,6 +134,7 @@ class BeamSearch(LaneSearch):
                 finish_reason=kept.finish_reason,
                 target_tokens=kept.target_tokens - options.hidden_prefix_tokens,
                 token_scores=kept.token_scores,
+                attention=kept.attention,
             )
             for kept in best
         )
@@ -198,7 +200,9 @@ class BeamSearch(LaneSearch):
                 reason = FinishReason.LENGTH
                 ids.append(token)
             token_scores = self._token_scores(slot, parent, length, total)
-            bisect.insort(kept, _Kept(score, tuple(ids), reason, length, token_scores), key=lambda other: -other.score)
+            attention = self._attention.of(slot, parent, options.hidden_prefix_tokens, len(ids))
+            ended = _Kept(score, tuple(ids), reason, length, token_scores, attention)
+            bisect.insort(kept, ended, key=lambda other: -other.score)
             if options.early_stopping:
                 if options.length_penalty == 0:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
@@ -265,6 +269,8 @@ class BeamSearch(LaneSearch):
         if self._num_token_scored:
             assert self.sums is not None
             self.sums[slots, to_beams, :longest] = self.sums[slots, from_beams, :longest]
+        if self._attention.is_wanted:
+            self._attention.fork(slots, from_beams, to_beams)
         is_needed = (starts < stops) & ~done[slots]
         first_rows = slots * self.width
         columns = (first_rows + from_beams, first_rows + to_beams, starts, stops)

@@ -26,9 +26,9 @@ class GreedySearch(LaneSearch):
         # [slots], whether somebody wants that sum; where nobody does, it is one of logits.
         self._is_scored: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
 
-    def add(self, slot: int, options: DecodingOptions) -> None:
-        """Start a source in a slot that is free."""
-        super().add(slot, options)
+    def add(self, slot: int, options: DecodingOptions, source_tokens: int = 0) -> None:
+        """Start a source in a slot that is free; see `LaneSearch.add`."""
+        super().add(slot, options, source_tokens)
         self._scores[slot] = 0.0
         self._is_scored[slot] = options.return_scores or options.return_token_scores
 
@@ -75,6 +75,7 @@ class GreedySearch(LaneSearch):
                 finish_reason=reason,
                 target_tokens=length - options.hidden_prefix_tokens,
                 token_scores=self._token_scores(slot, 0, length, total),
+                attention=self._attention.of(slot, 0, options.hidden_prefix_tokens, len(ids)),
             ),
         )
 
