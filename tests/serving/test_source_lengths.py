@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from export.checkpoint import build_model, read_checkpoint
@@ -108,6 +109,27 @@ def test_order_and_batches_of_mixed_lengths_change_nothing(roomy_bundle: Bundle)
     assert answers(roomy_bundle, work[::-1], threads=2)[::-1] == together
     assert answers(roomy_bundle, work, one_by_one=True) == together
     assert answers(roomy_bundle, work, rows=3, batch_tokens=1) == together
+
+
+def attention_of(answered: list[tuple[Hypothesis, ...]]) -> list[list[bytes | None]]:
+    """To the last bit."""
+    return [[None if one.attention is None else one.attention.tobytes() for one in hypotheses] for hypotheses in answered]
+
+
+def test_attention_that_some_ask_for_changes_nobodys_answer_and_is_ones_own(roomy_bundle: Bundle) -> None:
+    plain = mixed_work(seed=4)
+    work = [(ids, replace(options, return_attention=i % 2 == 0)) for i, (ids, options) in enumerate(plain)]
+    together = answers(roomy_bundle, work, threads=2)
+    assert together == answers(roomy_bundle, plain, threads=2)
+    assert attention_of(answers(roomy_bundle, work[::-1], threads=2)[::-1]) == attention_of(together)
+    assert attention_of(answers(roomy_bundle, work, rows=3, batch_tokens=1)) == attention_of(together)
+    assert attention_of(alone(roomy_bundle, work[:8])) == attention_of(together[:8])
+    for (ids, options), hypotheses in zip(work, together, strict=True):
+        for hypothesis in hypotheses:
+            assert (hypothesis.attention is not None) == options.return_attention
+            if hypothesis.attention is not None:
+                assert hypothesis.attention.shape == (len(hypothesis.target_ids), len(ids))
+                np.testing.assert_allclose(hypothesis.attention.sum(axis=1), 1, atol=1e-6)
 
 
 def test_sources_of_5_to_128_tokens_share_one_lane(roomy_bundle: Bundle, lanes: list[Lane]) -> None:

@@ -42,6 +42,11 @@ class ToyModel:
             self._known[prefix] = [float(np.float32(logit - total)) for logit in logits]
         return self._known[prefix]
 
+    def attention(self, prefix: tuple[int, ...], source_tokens: int) -> list[float]:
+        """What the step after a prefix attends to; each is a float32."""
+        rng = random.Random(f"{self._seed} {prefix} attention")
+        return [float(np.float32(rng.random())) for _ in range(source_tokens)]
+
     def candidates(self, prefix: tuple[int, ...], k: int) -> tuple[list[int], list[float]]:
         """The k best, best first."""
         log_probs = self.log_probs(prefix)
@@ -56,6 +61,7 @@ class Job:
     name: int
     model: ToyModel
     options: DecodingOptions
+    source_tokens: int = 3
 
 
 @dataclass
@@ -85,10 +91,11 @@ class ToyLane:
         slot = len(self.jobs)
         self.jobs.append(job)
         self.cache[self._rows(slot)] = POISON
-        self.search.add(slot, job.options)
+        self.search.add(slot, job.options, job.source_tokens)
 
     def remove(self, slot: int) -> None:
         last = len(self.jobs) - 1
+        self.search.leave(slot)
         if slot != last:
             self.search.move(last, slot)
             self.cache[self._rows(slot)] = self.cache[self._rows(last)]
@@ -115,9 +122,20 @@ class ToyLane:
         ids = np.array([ids for ids, _ in answers], np.int64).reshape(shape)
         return ids, np.array([log_probs for _, log_probs in answers], np.float32).reshape(shape)
 
+    def _attend(self) -> np.ndarray:
+        """What each row's step attends to, read off its cache: [jobs, W, room for the longest source and more]."""
+        attention = np.zeros((len(self.jobs), self.width, max(job.source_tokens for job in self.jobs) + 2), np.float32)
+        for slot, job in enumerate(self.jobs):
+            for beam, row in enumerate(self.cache[self._rows(slot)]):
+                prefix = tuple(row[1 : self.search.num_tokens[slot, beam] + 1].tolist())
+                attention[slot, beam, : job.source_tokens] = job.model.attention(prefix, job.source_tokens)
+        return attention
+
     def step(self) -> None:
         """One step of all jobs; those that are done leave with their hypotheses."""
-        advance = self.search.advance(len(self.jobs), *self._decode())
+        candidates = self._decode()
+        attention = self._attend() if self.search.needs_attention else None
+        advance = self.search.advance(len(self.jobs), *candidates, attention=attention)
         self.forks = list(advance.forks)
         self.rng.shuffle(self.forks)
         for fork in self.forks:
