@@ -55,6 +55,9 @@ class DecodingOptions:
     num_hypotheses: int = 1
     # score = log-probability / length^length_penalty, length counting the end-of-sentence token.
     length_penalty: float = 1.0
+    # Added to the score for each source token that got less than 1 of the attention, all tokens of the target together: the
+    # logarithm of what it got, times this.
+    coverage_penalty: float = 0.0
     # The end-of-sentence token is not taken before so many tokens (itself not counted).
     min_target_tokens: int = 0
     # A hypothesis ends at so many tokens (the end-of-sentence token counted).
@@ -93,6 +96,11 @@ class DecodingOptions:
             or self.prefix_bias is not None
             or self.sampling is not None
         )
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it is looked at what each token attends to."""
+        return self.return_attention or self.coverage_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,17 @@ class AttentionHistory:
             if weights is not None:
                 weights[to_beam] = weights[from_beam]
 
+    def coverage(self, slot: int, beam: int, stop: int) -> float:
+        """What the first ``stop`` tokens of a row lack in attention to their source: at most 0.
+
+        The sum of log(min(a, 1)) over source tokens, a being the attention that one got from all these tokens together; one that
+        got none at all does not count. Wu et al. 2016 (GNMT), equation 14, as CTranslate2 has it.
+        """
+        weights = self._weights[slot]
+        assert weights is not None
+        got = weights[beam, :stop].sum(axis=0, dtype=np.float64)
+        return float(np.log(np.minimum(got[got > 0], 1.0)).sum())
+
     def of(self, slot: int, beam: int, start: int, stop: int) -> NDArray[np.float32] | None:
         """[stop - start, source tokens] for these tokens of a row, a copy; None where nobody wants it."""
         weights = self._weights[slot]

@@ -6,6 +6,7 @@ Knows slots, rows and options; does not know how a token is chosen.
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
@@ -103,7 +104,7 @@ class LaneSearch(ABC):
         self._num_token_scored += options.return_token_scores
         if options.return_token_scores and self.sums is None:
             self.sums = np.zeros(self.tokens.shape)
-        if options.return_attention:
+        if options.needs_attention:
             self._attention.add(slot, source_tokens)
 
     def needs_logits(self, num_slots: int) -> bool:
@@ -195,6 +196,19 @@ class LaneSearch(ABC):
         self.tokens = _longer(self.tokens, capacity_tokens)
         if self.sums is not None:
             self.sums = _longer(self.sums, capacity_tokens)
+
+    def _score(self, slot: int, row: int, length: int, total: float) -> float:
+        """What a hypothesis of ``length`` tokens is worth, whose log-probability is ``total``; all it read is in ``row``."""
+        options = self._options[slot]
+        score = total / math.pow(length, options.length_penalty)
+        if options.coverage_penalty:
+            score += options.coverage_penalty * self._attention.coverage(slot, row, length)
+        return score
+
+    def _target_attention(self, slot: int, row: int, length: int) -> NDArray[np.float32] | None:
+        """What each token of an answer of ``length`` tokens attended to, if its source wants it told."""
+        options = self._options[slot]
+        return self._attention.of(slot, row, options.hidden_prefix_tokens, length) if options.return_attention else None
 
     def _token_scores(self, slot: int, row: int, length: int, total: float) -> tuple[float, ...] | None:
         """What each token added to a hypothesis, if its source wants to know.

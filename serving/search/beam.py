@@ -190,7 +190,7 @@ class BeamSearch(LaneSearch):
             length = int(self.num_tokens[slot, 0]) + 1
             options = self._options[slot]
             parent, total = int(best.parents[slot, rank]), float(best.scores[slot, rank])
-            score = total / length**options.length_penalty
+            score = self._score(slot, parent, length, total)
             if not options.early_stopping and score <= self._to_beat[slot]:
                 continue
             ids = self.tokens[slot, parent, : length - 1].tolist()
@@ -200,11 +200,11 @@ class BeamSearch(LaneSearch):
                 reason = FinishReason.LENGTH
                 ids.append(token)
             token_scores = self._token_scores(slot, parent, length, total)
-            attention = self._attention.of(slot, parent, options.hidden_prefix_tokens, len(ids))
+            attention = self._target_attention(slot, parent, len(ids))
             ended = _Kept(score, tuple(ids), reason, length, token_scores, attention)
             bisect.insort(kept, ended, key=lambda other: -other.score)
             if options.early_stopping:
-                if options.length_penalty == 0:
+                if options.length_penalty == 0 and options.coverage_penalty == 0:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
                     self._best_has_ended[slot] |= rank == 0
                     is_enough = self._best_has_ended[slot] and len(kept) >= options.num_hypotheses

@@ -71,11 +71,11 @@ class GreedySearch(LaneSearch):
         return (
             Hypothesis(
                 target_ids=tuple(ids[options.hidden_prefix_tokens :]),
-                score=total / length**options.length_penalty if options.return_scores else None,
+                score=self._score(slot, 0, length, total) if options.return_scores else None,
                 finish_reason=reason,
                 target_tokens=length - options.hidden_prefix_tokens,
                 token_scores=self._token_scores(slot, 0, length, total),
-                attention=self._attention.of(slot, 0, options.hidden_prefix_tokens, len(ids)),
+                attention=self._target_attention(slot, 0, len(ids)),
             ),
         )
 

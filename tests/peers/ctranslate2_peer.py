@@ -53,6 +53,7 @@ class Peer:
             beam_size=options.beam_size,
             patience=options.patience,
             length_penalty=options.length_penalty,
+            coverage_penalty=options.coverage_penalty,
             repetition_penalty=options.repetition_penalty,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             suppress_sequences=[self._spelled(tokens) for tokens in options.suppressed] or None,
@@ -60,7 +61,10 @@ class Peer:
             min_decoding_length=options.min_target_tokens,
             max_decoding_length=options.max_target_tokens,
             return_scores=True,
-            max_batch_size=24,
+            # Its coverage penalty changes with the padding of a batch, and crashes a greedy search that returns no attention
+            # (4.8.5).
+            return_attention=options.coverage_penalty != 0,
+            max_batch_size=1 if options.coverage_penalty else 24,
         )
         return [self._answer(result.hypotheses[0], result.scores[0], options) for result in results]
 

@@ -127,3 +127,16 @@ def test_a_prefix_that_is_wished_for(
     options = dataclasses.replace(base, prefix_bias=PrefixBias(tokens=usual, strength=strength))
     # CTranslate2 remembers which rank of a step left the prefix, and not which hypothesis: with beams the two may part.
     check(subject, ctranslate2_peers, sources, options, most_different=0.1 if base is BEAMS else 0.0)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [0.1, 0.5])
+def test_coverage_penalty(
+    subject: Subject, ctranslate2_peers: Peers, sources: list[tuple[int, ...]], length_penalty: float, penalty: float
+) -> None:
+    options = dataclasses.replace(BEAMS, coverage_penalty=penalty, length_penalty=length_penalty)
+    check(subject, ctranslate2_peers, sources, options)
+
+
+def test_coverage_is_part_of_a_greedy_score(subject: Subject, ctranslate2_peers: Peers, sources: list[tuple[int, ...]]) -> None:
+    check(subject, ctranslate2_peers, sources, dataclasses.replace(GREEDY, coverage_penalty=0.3), least_changed=0)

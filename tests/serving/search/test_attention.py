@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from serving.request import DecodingOptions, Hypothesis
+from serving.request import DecodingOptions, FinishReason, Hypothesis
 from serving.search import make_lane_search
+from tests.serving.search.reference import all_hypotheses
 from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyLane, ToyModel, decode
 
 VOCABULARY = 9
@@ -92,3 +94,38 @@ def test_a_step_that_does_not_tell_is_not_taken() -> None:
     search.add(0, DecodingOptions(return_attention=True), 3)
     with pytest.raises(AssertionError):
         search.advance(1, np.array([[[5, 6]]]), np.zeros((1, 1, 2), np.float32))
+
+
+def covered(job: Job, hypothesis: Hypothesis) -> float:
+    """A hypothesis' score with its coverage penalty, from what it was without."""
+    ids = (*hypothesis.target_ids, *((EOS_ID,) if hypothesis.finish_reason is FinishReason.EOS else ()))
+    steps = [job.model.attention(ids[:place], job.source_tokens) for place in range(len(ids))]
+    got = [sum(step[column] for step in steps) for column in range(job.source_tokens)]
+    assert hypothesis.score is not None
+    return hypothesis.score + job.options.coverage_penalty * sum(math.log(min(each, 1.0)) for each in got if each > 0)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_coverage_penalty_of_a_beam_as_wide_as_all_prefixes_is_brute_force(seed: int, length_penalty: float) -> None:
+    options = DecodingOptions(
+        beam_size=40, num_hypotheses=40, max_target_tokens=3, length_penalty=length_penalty, coverage_penalty=0.7
+    )
+    one = Job(name=0, model=ToyModel(seed, 4), options=options, source_tokens=4)
+    plain = all_hypotheses(one.model, dataclasses.replace(options, coverage_penalty=0.0))
+    expected = sorted(((covered(one, hypothesis), hypothesis.target_ids) for hypothesis in plain), reverse=True)
+    hypotheses = decode(one, vocabulary=4)
+    assert [hypothesis.target_ids for hypothesis in hypotheses] == [ids for _, ids in expected]
+    assert [hypothesis.target_ids for hypothesis in hypotheses] != [hypothesis.target_ids for hypothesis in plain]
+    assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx([score for score, _ in expected], abs=1e-5)
+    assert [hypothesis.attention for hypothesis in hypotheses] == [None] * 40
+
+
+def test_a_greedy_score_has_the_coverage_penalty_too() -> None:
+    one = Job(name=0, model=ToyModel(2, VOCABULARY), options=DecodingOptions(max_target_tokens=2), source_tokens=3)
+    (plain,) = decode(one, VOCABULARY)
+    penalized = dataclasses.replace(one, options=dataclasses.replace(one.options, coverage_penalty=0.4))
+    (hypothesis,) = decode(penalized, VOCABULARY)
+    assert hypothesis.target_ids == plain.target_ids
+    assert hypothesis.score == pytest.approx(covered(penalized, plain), abs=1e-5)
+    assert hypothesis.score != plain.score
