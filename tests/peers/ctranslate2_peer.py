@@ -68,6 +68,22 @@ class Peer:
         )
         return [self._answer(result.hypotheses[0], result.scores[0], options) for result in results]
 
+    def alternatives(self, source: tuple[int, ...], options: DecodingOptions) -> list[tuple[tuple[int, ...], float]]:
+        """Ids and scores of the alternatives after a prefix, in its order."""
+        (result,) = self._translator.translate_batch(
+            [self._spelled(source)],
+            [self._spelled(options.target_prefix)],
+            beam_size=options.beam_size,
+            num_hypotheses=options.num_hypotheses,
+            length_penalty=options.length_penalty,
+            min_decoding_length=0,
+            max_decoding_length=options.max_target_tokens,
+            return_alternatives=True,
+            return_scores=True,
+        )
+        spelled = [tuple(self._ids[piece] for piece in pieces) for pieces in result.hypotheses]
+        return list(zip(spelled, result.scores, strict=True))
+
     def _spelled(self, ids: tuple[int, ...]) -> list[str]:
         return [self._pieces[i] for i in ids]
 

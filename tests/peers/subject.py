@@ -54,9 +54,13 @@ class Subject:
         self, sources: list[tuple[int, ...]], options: DecodingOptions, precision: Precision = "fp32"
     ) -> list[tuple[Hypothesis, ...]]:
         """Hypotheses of every source, best first, as our engine serves them."""
+        return [outcome.hypotheses for outcome in self.outcomes([(source, options) for source in sources], precision)]
+
+    def outcomes(self, asked: list[tuple[tuple[int, ...], DecodingOptions]], precision: Precision = "fp32") -> list[Outcome]:
+        """What comes of sources, each with its own options, that are decoded together."""
         outcomes: queue.Queue[tuple[int, Outcome]] = queue.Queue()
 
-        def sequence(index: int, source_ids: tuple[int, ...]) -> Sequence:
+        def sequence(index: int, source_ids: tuple[int, ...], options: DecodingOptions) -> Sequence:
             return Sequence(
                 source_ids=source_ids,
                 options=options,
@@ -68,11 +72,11 @@ class Subject:
         engine = Engine(self.bundle(precision), EngineConfig(threads=2))
         engine.start()
         try:
-            engine.submit([sequence(i, source) for i, source in enumerate(sources)])
-            found = dict(outcomes.get(timeout=_PATIENCE_S) for _ in sources)
+            engine.submit([sequence(i, *one) for i, one in enumerate(asked)])
+            found = dict(outcomes.get(timeout=_PATIENCE_S) for _ in asked)
         finally:
             engine.close()
         for outcome in found.values():
             if outcome.error is not None:
                 raise outcome.error
-        return [found[i].hypotheses for i in range(len(sources))]
+        return [found[i] for i in range(len(asked))]
