@@ -82,6 +82,12 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
     # Sequences of tokens that no target has.
     suppressed: tuple[tuple[int, ...], ...] = ()
+    # Where Hugging Face's ``generate`` and CTranslate2 differ, whether to do as the former. With beams these rules change
+    # log-probabilities then, so that what they forbid keeps its share; the start token counts as one that a target has; and
+    # early stopping needs no other rule for a length_penalty of 0.
+    rules_of_generate: bool = False
+    # Whether a hypothesis that is cut at max_target_tokens has the end-of-sentence token there, at no cost to its score.
+    ends_when_cut: bool = False
     prefix_bias: PrefixBias | None = None
     # Greedy only.
     sampling: Sampling | None = None

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.request import DecodingOptions, Hypothesis
+from serving.request import DecodingOptions, FinishReason, Hypothesis
 from serving.search.attention import AttentionHistory
 from serving.search.rules import TokenRules
 
@@ -86,6 +86,8 @@ class LaneSearch(ABC):
         # [slots]
         self._min_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+        # [slots], see DecodingOptions.
+        self._ends_when_cut: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
 
     @abstractmethod
     def needs_log_probs(self, num_slots: int) -> bool:
@@ -99,7 +101,8 @@ class LaneSearch(ABC):
         self._options[slot] = options
         self._min_tokens[slot] = options.min_target_tokens
         self._max_tokens[slot] = options.max_target_tokens
-        self._rules[slot] = TokenRules(options, self._eos_id) if options.has_token_rules else None
+        self._ends_when_cut[slot] = options.ends_when_cut
+        self._rules[slot] = TokenRules(options, self._eos_id, self._decoder_start_id) if options.has_token_rules else None
         self._num_ruled += _is_ruled(options)
         self._num_token_scored += options.return_token_scores
         if options.return_token_scores and self.sums is None:
@@ -139,6 +142,7 @@ class LaneSearch(ABC):
             self._attention.record(attention, self.num_tokens[:num_slots, 0])
         if self._num_ruled:
             self._apply_rules(num_slots, candidate_ids, candidate_log_probs, logits)
+        self._end_what_is_cut(num_slots, candidate_ids, candidate_log_probs)
         return self._advance(num_slots, candidate_ids, candidate_log_probs)
 
     @abstractmethod
@@ -161,6 +165,20 @@ class LaneSearch(ABC):
                     decoded = self.tokens[slot, row, :position].tolist()
                     ids[slot, row], log_probs[slot, row] = rules.candidates(logits[slot, row], decoded, ids.shape[2])
 
+    def _end_what_is_cut(self, num_slots: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> None:
+        """Leave the end-of-sentence token alone to hypotheses whose last token this is, where that is how they are cut."""
+        is_last = self.num_tokens[:num_slots, 0] + 1 >= self._max_tokens[:num_slots]
+        if len(slots := np.flatnonzero(is_last & self._ends_when_cut[:num_slots])):
+            log_probs[slots] = -np.inf
+            ids[slots, :, 0], log_probs[slots, :, 0] = self._eos_id, 0.0
+            # However short that is.
+            self._min_tokens[slots] = 0
+
+    def _reason(self, slot: int, last_token: int, length: int) -> FinishReason:
+        """Why a hypothesis of ``length`` tokens ended; one that was cut did not end by itself, whatever its last token is."""
+        was_cut = bool(self._ends_when_cut[slot]) and length >= self._max_tokens[slot]
+        return FinishReason.EOS if last_token == self._eos_id and not was_cut else FinishReason.LENGTH
+
     @abstractmethod
     def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
         """What a finished slot came to: num_hypotheses of them, best first.
@@ -181,7 +199,7 @@ class LaneSearch(ABC):
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
-        for array in (self.next_ids, self.num_tokens, self._min_tokens, self._max_tokens):
+        for array in (self.next_ids, self.num_tokens, self._min_tokens, self._max_tokens, self._ends_when_cut):
             array[to_slot] = array[from_slot]
         length = int(self.num_tokens[from_slot, 0])
         self.tokens[to_slot, :, :length] = self.tokens[from_slot, :, :length]

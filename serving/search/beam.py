@@ -195,16 +195,15 @@ class BeamSearch(LaneSearch):
                 continue
             ids = self.tokens[slot, parent, : length - 1].tolist()
             token = int(best.ids[slot, rank])
-            reason = FinishReason.EOS
+            reason = self._reason(slot, token, length)
             if token != self._eos_id:
-                reason = FinishReason.LENGTH
                 ids.append(token)
             token_scores = self._token_scores(slot, parent, length, total)
             attention = self._target_attention(slot, parent, len(ids))
             ended = _Kept(score, tuple(ids), reason, length, token_scores, attention)
             bisect.insort(kept, ended, key=lambda other: -other.score)
             if options.early_stopping:
-                if options.length_penalty == 0 and options.coverage_penalty == 0:
+                if options.length_penalty == 0 and options.coverage_penalty == 0 and not options.rules_of_generate:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
                     self._best_has_ended[slot] |= rank == 0
                     is_enough = self._best_has_ended[slot] and len(kept) >= options.num_hypotheses

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.request import DecodingOptions, FinishReason, Hypothesis
+from serving.request import DecodingOptions, Hypothesis
 from serving.search.base import Advance, LaneSearch
 
 
@@ -64,9 +64,8 @@ class GreedySearch(LaneSearch):
         length = int(self.num_tokens[slot, 0])
         options = self._options[slot]
         ids = self.tokens[slot, 0, :length].tolist()
-        reason = FinishReason.LENGTH
+        reason = self._reason(slot, ids[-1], length)
         if ids[-1] == self._eos_id:
-            reason = FinishReason.EOS
             ids.pop()
         return (
             Hypothesis(

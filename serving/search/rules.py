@@ -3,8 +3,9 @@
 Knows one row: its logits, the tokens it has decoded and the options of its sequence; does not know slots, beams or other rows. So
 whatever is asked for here changes nobody else's answer, and costs only those who ask.
 
-Definitions are CTranslate2's: a rule changes the logits, and the log-probabilities are of what it leaves. (Hugging Face's beam
-search changes the log-probabilities and does not make them sum to one again.) The order is: repeated tokens, repeated n-grams,
+Definitions are CTranslate2's: a rule changes the logits, and the log-probabilities are of what it leaves. With
+``rules_of_generate`` they are Hugging Face's, whose beam search changes the log-probabilities and does not make them sum to one
+again. The order is: repeated tokens, repeated n-grams,
 forbidden sequences, an end that would come too early, then the wished-for prefix. Only that end is taken out after the softmax,
 as Hugging Face does, with rules and without.
 """
@@ -24,10 +25,13 @@ _LEAST_LOGIT = -1e4
 class TokenRules:
     """The rules of one sequence."""
 
-    def __init__(self, options: DecodingOptions, eos_id: int) -> None:
+    def __init__(self, options: DecodingOptions, eos_id: int, decoder_start_id: int) -> None:
         """Of options that have any; see ``DecodingOptions.has_token_rules``."""
         self._options = options
         self._eos_id = eos_id
+        self._is_after_softmax = options.rules_of_generate and options.beam_size > 1
+        # Counted as decoded already.
+        self._first = [decoder_start_id] if options.rules_of_generate else []
         self._forbidden = np.array([tokens[0] for tokens in options.suppressed if len(tokens) == 1], np.int64)
         self._forbidden_sequences = [tokens for tokens in options.suppressed if len(tokens) > 1]
 
@@ -57,8 +61,9 @@ class TokenRules:
         """[V] as ``candidates``; the log-probability of every token after these."""
         options = self._options
         scores = logits.astype(np.float64)
-        if options.repetition_penalty != 1.0 and decoded:
-            seen = np.unique(np.array(decoded))
+        if self._is_after_softmax:
+            scores = _log_softmax(scores)
+        if options.repetition_penalty != 1.0 and (seen := np.unique(np.array(self._first + decoded, np.int64))).size:
             kept = scores[seen]
             scores[seen] = np.where(kept < 0, kept * options.repetition_penalty, kept / options.repetition_penalty)
         if options.no_repeat_ngram_size:
@@ -71,8 +76,7 @@ class TokenRules:
         if scores.max() == _NEVER:
             # Nothing may follow: that is the end.
             scores[self._eos_id] = 0.0
-        scores -= scores.max()
-        log_probs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum())
+        log_probs = scores if self._is_after_softmax else _log_softmax(scores)
         # As where there are no rules: an end that comes too early keeps its share.
         if len(decoded) < options.min_target_tokens and log_probs[self._eos_id] < 0:
             log_probs[self._eos_id] = _NEVER
@@ -105,6 +109,13 @@ class TokenRules:
         borders = np.cumsum(weights)
         draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position + (sampling.draw << 64))).random()
         return int(order[min(int(np.searchsorted(borders, draw * borders[-1], side="right")), len(order) - 1)])
+
+
+def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[V] -> [V]; one that is minus infinity stays so."""
+    scores = scores - scores.max()
+    log_probs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum())
+    return log_probs
 
 
 def _ends_of_repeated_ngrams(decoded: list[int], size: int) -> list[int]:

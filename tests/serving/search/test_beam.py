@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,42 @@ def test_scores_and_reasons() -> None:
     assert reasons == {FinishReason.EOS, FinishReason.LENGTH}
     scores = [score_of(h) for h in hypotheses]
     assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("min_target_tokens", [0, 4])
+def test_what_is_cut_may_have_an_end_at_no_cost(min_target_tokens: int) -> None:
+    log_probs = ToyModel(11, vocabulary=5).log_probs
+    options = DecodingOptions(
+        beam_size=3,
+        num_hypotheses=3,
+        length_penalty=0.6,
+        min_target_tokens=min_target_tokens,
+        max_target_tokens=4,
+        ends_when_cut=True,
+    )
+    hypotheses = decode(Job(name=0, model=ToyModel(11, vocabulary=5), options=options), vocabulary=5)
+    assert len(hypotheses) == 3
+    reasons = set()
+    for hypothesis in hypotheses:
+        was_cut = hypothesis.finish_reason is FinishReason.LENGTH
+        ids = (*hypothesis.target_ids, EOS_ID)
+        assert hypothesis.target_tokens == len(ids)
+        assert was_cut == (len(ids) == 4)
+        total = sum(log_probs(ids[:at])[ids[at]] for at in range(len(ids) - was_cut))
+        assert hypothesis.score == pytest.approx(total / len(ids) ** 0.6, rel=1e-12)
+        reasons.add(hypothesis.finish_reason)
+    assert reasons == ({FinishReason.LENGTH} if min_target_tokens else {FinishReason.EOS, FinishReason.LENGTH})
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_early_stopping_of_generate_waits_for_a_full_beam_without_a_length_penalty_too(seed: int) -> None:
+    model = ToyModel(seed, vocabulary=12, eos_bias=2.0)
+    options = DecodingOptions(beam_size=4, early_stopping=True, max_target_tokens=9, length_penalty=0.0)
+    one, other = (
+        decode(Job(name=0, model=model, options=replace(options, rules_of_generate=True, length_penalty=penalty)), 12)
+        for penalty in (0.0, 1e-9)
+    )
+    assert [h.target_ids for h in one] == [h.target_ids for h in other]
 
 
 class _Script:

@@ -67,6 +67,33 @@ def test_it_ends_at_the_limit(last: int, reason: FinishReason, target_ids: tuple
     assert search.hypotheses(0) == (Hypothesis(target_ids=target_ids, score=-1.0, finish_reason=reason, target_tokens=2),)
 
 
+@pytest.mark.parametrize("min_target_tokens", [0, 5])
+def test_what_is_cut_may_have_an_end_at_no_cost(min_target_tokens: int) -> None:
+    options = DecodingOptions(max_target_tokens=2, min_target_tokens=min_target_tokens, length_penalty=0.0, ends_when_cut=True)
+    search = _search(options, DecodingOptions(max_target_tokens=2, length_penalty=0.0))
+    row = (5, -0.5, 6, -1.0)
+    assert _advance(search, row, row).finished == []
+    assert _advance(search, row, row).finished == [0, 1]
+    cut = {"finish_reason": FinishReason.LENGTH, "target_tokens": 2}
+    assert search.hypotheses(0) == (Hypothesis(target_ids=(5,), score=-0.5, **cut),)  # type: ignore[arg-type]
+    assert search.hypotheses(1) == (Hypothesis(target_ids=(5, 5), score=-1.0, **cut),)  # type: ignore[arg-type]
+    # The option moves with its source.
+    search.add(0, options)
+    search.leave(1)
+    search.move(0, 1)
+    search.add(0, DecodingOptions())
+    assert _advance(search, row, row).finished == []
+    assert _advance(search, row, row).finished == [1]
+    assert search.hypotheses(1)[0].target_ids == (5,)
+
+
+def test_an_end_before_the_limit_is_the_models_own() -> None:
+    search = _search(DecodingOptions(max_target_tokens=3, ends_when_cut=True))
+    _advance(search, (5, -0.5, 6, -1.0))
+    assert _advance(search, (EOS_ID, -0.5, 6, -1.0)).finished == [0]
+    assert search.hypotheses(0)[0].finish_reason is FinishReason.EOS
+
+
 def test_a_minimum_above_the_limit_leaves_the_limit() -> None:
     search = _search(DecodingOptions(min_target_tokens=5, max_target_tokens=1))
     assert _advance(search, (EOS_ID, -0.5, 6, -1.0)).finished == [0]

@@ -26,8 +26,28 @@ def log_softmax(logits: list[float]) -> list[float]:
 
 
 def log_probs(decoded: list[int], **options: object) -> list[float]:
-    found: list[float] = TokenRules(DecodingOptions(**options), EOS_ID).log_probs(LOGITS, decoded).tolist()  # type: ignore[arg-type]  # of tests
+    found: list[float] = TokenRules(DecodingOptions(**options), EOS_ID, START_ID).log_probs(LOGITS, decoded).tolist()  # type: ignore[arg-type]  # of tests
     return found
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_with_the_rules_of_generate_the_start_token_has_come_already(beam_size: int) -> None:
+    start = 3
+    options = DecodingOptions(beam_size=beam_size, repetition_penalty=1.5, rules_of_generate=True)
+    found = TokenRules(options, EOS_ID, start).log_probs(LOGITS, [7])
+    # Greedy search looks at logits, beams at what comes of them.
+    scores = [float(x) for x in LOGITS] if beam_size == 1 else log_softmax([float(x) for x in LOGITS])
+    for token in (start, 7):
+        scores[token] = scores[token] / 1.5 if scores[token] >= 0 else scores[token] * 1.5
+    assert found.tolist() == pytest.approx(log_softmax(scores) if beam_size == 1 else scores)
+
+
+def test_with_the_rules_of_generate_what_a_beam_may_not_have_keeps_its_share() -> None:
+    options = DecodingOptions(beam_size=2, suppressed=((5,),), no_repeat_ngram_size=2, rules_of_generate=True)
+    found = TokenRules(options, EOS_ID, START_ID).log_probs(LOGITS, [3, 8, 3]).tolist()
+    assert [token for token, log_prob in enumerate(found) if log_prob == -math.inf] == [5, 8]
+    plain = log_softmax([float(x) for x in LOGITS])
+    assert [x for x in found if x > -math.inf] == pytest.approx([x for i, x in enumerate(plain) if i not in (5, 8)])
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.5, 3.0])
@@ -78,7 +98,7 @@ def test_a_target_is_drawn_towards_what_is_wished_for_as_long_as_it_follows(deco
 
 def test_candidates_are_the_best_ones_and_equal_ones_come_by_id() -> None:
     logits = np.array([0, 1, 2, 2, 2, 1], np.float32)
-    ids, values = TokenRules(DecodingOptions(repetition_penalty=2.0), EOS_ID).candidates(logits, [2], 4)
+    ids, values = TokenRules(DecodingOptions(repetition_penalty=2.0), EOS_ID, START_ID).candidates(logits, [2], 4)
     assert ids.tolist() == [3, 4, 1, 2]
     assert values.tolist() == pytest.approx(np.log(np.exp([2, 2, 1, 1]) / np.exp([0, 1, 1, 2, 2, 1]).sum()), rel=1e-6)
 
@@ -86,14 +106,14 @@ def test_candidates_are_the_best_ones_and_equal_ones_come_by_id() -> None:
 def test_where_nothing_may_follow_a_target_ends() -> None:
     logits = np.full(5, 1.0, np.float32)
     logits[3] = -1e9  # never decoded
-    rules = TokenRules(DecodingOptions(suppressed=((0,), (2,), (4,)), min_target_tokens=9), EOS_ID)
+    rules = TokenRules(DecodingOptions(suppressed=((0,), (2,), (4,)), min_target_tokens=9), EOS_ID, START_ID)
     ids, values = rules.candidates(logits, [], 2)
     assert (ids[0], values.tolist()) == (EOS_ID, [0.0, -math.inf])
 
 
 def draws(**sampling: object) -> Counter[int]:
     options = [DecodingOptions(sampling=Sampling(seed=seed, **sampling)) for seed in range(4000)]  # type: ignore[arg-type]  # of tests
-    return Counter(int(TokenRules(one, EOS_ID).candidates(LOGITS, [4], 2)[0][0]) for one in options)
+    return Counter(int(TokenRules(one, EOS_ID, START_ID).candidates(LOGITS, [4], 2)[0][0]) for one in options)
 
 
 def expected_shares(tokens: list[int], temperature: float = 1.0) -> dict[int, float]:
@@ -129,7 +149,7 @@ def test_draws_are_from_the_fewest_that_make_up_the_share(top_p: float) -> None:
 
 def test_a_draw_follows_from_seed_and_position_alone() -> None:
     def drawn(seed: int, position: int) -> int:
-        rules = TokenRules(DecodingOptions(sampling=Sampling(seed=seed)), EOS_ID)
+        rules = TokenRules(DecodingOptions(sampling=Sampling(seed=seed)), EOS_ID, START_ID)
         return int(rules.candidates(LOGITS, [4] * position, 2)[0][0])
 
     first = [drawn(7, position) for position in range(40)]
