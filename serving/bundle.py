@@ -16,7 +16,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,8 +99,30 @@ class LanguageTokens(_Record):
     tokens: dict[Text, TokenId]
     # The language whose token a source starts with.
     before_source: Literal["source", "target"] | None
+    # The language whose token a source ends with, after the end-of-sentence token.
+    after_source: Literal["source", "target"] | None = None
     # Whether a target starts with its language's token.
     before_target: bool
+
+
+class DefaultOptions(_Record):
+    """How targets are decoded where a request does not say: what the model's makers chose for it.
+
+    Bounds and meanings are those of a request's options, but for the last three, which no request changes.
+    """
+
+    length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+    early_stopping: bool = False
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    min_target_tokens: Annotated[int, Field(ge=0)] = 0
+    # None: as long as the source makes it. A source that makes it shorter still does.
+    max_target_tokens: Count | None = None
+    # Sequences of tokens that no target has.
+    suppressed: list[Annotated[list[TokenId], Field(min_length=1)]] = []
+    # See ``DecodingOptions``.
+    ends_when_cut: bool = False
+    rules_of_generate: bool = False
 
 
 class TokenizerSpec(_Record):
@@ -241,6 +263,8 @@ class Provenance(_Record):
     onnxlate_version: Text
     torch_version: Text
     onnx_opset: Count
+    # Hypotheses that the model's makers kept alive; None: not stated. Decoding is greedy unless a request says otherwise.
+    num_beams: Count | None = None
 
 
 class FileEntry(_Record):
@@ -266,6 +290,7 @@ class ManifestDraft(_Record):
     source_prefix: list[TokenId] = []
     source_ends_with_eos: bool = True
     target_prefix: list[TokenId] = []
+    defaults: DefaultOptions = DefaultOptions()
     tokenizer: AnyTokenizerSpec
     provenance: Provenance
     certificate: Certificate
@@ -361,7 +386,42 @@ def manifest_faults(manifest: ManifestDraft, file_names: Iterable[str]) -> list[
     ):
         if token_id >= size:
             faults.append(f"{MANIFEST_NAME}: ids.{field}: {token_id} is outside a vocabulary of {size}")
-    return faults
+    return faults + [f"{MANIFEST_NAME}: {fault}" for fault in (*_prefix_faults(manifest), *_default_faults(manifest))]
+
+
+def _prefix_faults(manifest: ManifestDraft) -> Iterator[str]:
+    """Tokens around sources and targets that the model does not have, or that already mean something else."""
+    sizes, told = manifest.architecture, manifest.language_tokens
+    meant = {manifest.ids.pad: "padding", manifest.ids.eos: "the end-of-sentence token"}
+    placed = [("source_prefix", token_id, sizes.source_vocab_size) for token_id in manifest.source_prefix]
+    placed += [("target_prefix", token_id, sizes.target_vocab_size) for token_id in manifest.target_prefix]
+    if told is not None:
+        size = sizes.target_vocab_size if told.before_target else sizes.source_vocab_size
+        if told.before_source or told.after_source:
+            size = min(size, sizes.source_vocab_size)
+        placed += [(f"language_tokens.tokens.{code}", token_id, size) for code, token_id in told.tokens.items()]
+    for field, token_id, size in placed:
+        if token_id >= size:
+            yield f"{field}: {token_id} is outside a vocabulary of {size}"
+        # A source may start with any token of the model's, for example with its end-of-sentence token.
+        elif field != "source_prefix" and token_id in meant:
+            yield f"{field}: {token_id} is {meant[token_id]}"
+    if told is not None:
+        codes = dict.fromkeys(code for pair in manifest.languages for code in (pair.source, pair.target))
+        yield from (f"languages: {code} has no token" for code in codes if code not in told.tokens)
+
+
+def _default_faults(manifest: ManifestDraft) -> Iterator[str]:
+    """Default options that contradict each other or the model."""
+    defaults, size = manifest.defaults, manifest.architecture.target_vocab_size
+    longest = min(defaults.max_target_tokens or manifest.limits.max_target_tokens, manifest.limits.max_target_tokens)
+    if defaults.min_target_tokens > longest:
+        yield f"defaults.min_target_tokens: {defaults.min_target_tokens} is more than a target may have, {longest}"
+    for tokens in defaults.suppressed:
+        if max(tokens) >= size:
+            yield f"defaults.suppressed: {tokens} is outside a vocabulary of {size}"
+        elif tokens == [manifest.ids.eos]:
+            yield f"defaults.suppressed: {tokens} is the end-of-sentence token"
 
 
 def name_fault(name: str) -> str | None:
@@ -399,6 +459,7 @@ def describe(manifest: Manifest) -> str:
     """The manifest for a person."""
     sizes, limits, origin, certificate = manifest.architecture, manifest.limits, manifest.provenance, manifest.certificate
     layers = f"{sizes.num_encoder_layers} encoder and {sizes.num_decoder_layers} decoder layers"
+    beams = "" if origin.num_beams is None else f", made for {origin.num_beams} beams"
     facts = {
         "name": manifest.name,
         "version": manifest.version(),
@@ -408,8 +469,9 @@ def describe(manifest: Manifest) -> str:
         "vocabulary": f"{sizes.source_vocab_size} source, {sizes.target_vocab_size} target",
         "limits": f"{limits.max_source_tokens} source tokens, {limits.max_target_tokens} target tokens, "
         f"beams of {limits.max_beam_size}, {limits.max_candidates} candidates a step",
+        "defaults": _chosen(manifest.defaults),
         "tokenizer": f"{manifest.tokenizer.kind} ({', '.join(manifest.tokenizer.file_names)})",
-        "checkpoint": f"{origin.checkpoint} (weights {origin.weights_sha256[:12]})",
+        "checkpoint": f"{origin.checkpoint} (weights {origin.weights_sha256[:12]}){beams}",
         "made by": f"onnxlate {origin.onnxlate_version}, torch {origin.torch_version}, ONNX opset {origin.onnx_opset}",
         "format": f"revision {manifest.format_revision}",
     }
@@ -437,6 +499,13 @@ def describe(manifest: Manifest) -> str:
             *_aligned(comparisons),
         ]
     )
+
+
+def _chosen(defaults: DefaultOptions) -> str:
+    """The default options that are not as in any other bundle."""
+    usual = DefaultOptions()
+    chosen = {name: value for name, value in defaults if value != getattr(usual, name)}
+    return ", ".join(f"{name} {value}" for name, value in chosen.items()) or "the usual"
 
 
 def _samples(certificate: Certificate) -> str:

@@ -74,6 +74,7 @@ def load_model(directory: Path, config: EngineConfig, limits: RequestLimits, obs
             source_prefix=tuple(manifest.source_prefix),
             source_ends_with_eos=manifest.source_ends_with_eos,
             target_prefix=tuple(manifest.target_prefix),
+            defaults=manifest.defaults,
             limits=limits_of(manifest, config, limits),
         ),
         description=ModelDescription(

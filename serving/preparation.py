@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from serving.bundle import LanguageTokens
+from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sampling, Sequence, SequenceTimings
 from serving.tokenizers import Tokenizer
@@ -30,7 +30,7 @@ _MAX_CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """How the caller wants it decoded; None takes the default."""
+    """How the caller wants it decoded; None takes the default, which is the model's own where its bundle has one."""
 
     # Hypotheses kept alive at each step; default 1, greedy.
     beam_size: int | None = None
@@ -102,9 +102,11 @@ class ModelDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Direction:
-    """What a model is told of the languages of a request: tokens before a source and before its target."""
+    """What a model is told of the languages of a request: tokens around a source and before its target."""
 
     before_source: tuple[int, ...] = ()
+    # After the end-of-sentence token.
+    after_source: tuple[int, ...] = ()
     before_target: tuple[int, ...] = ()
 
 
@@ -146,6 +148,7 @@ class TextPreparer:
     source_prefix: tuple[int, ...] = ()
     source_ends_with_eos: bool = True
     target_prefix: tuple[int, ...] = ()
+    defaults: DefaultOptions = field(default_factory=DefaultOptions)
     limits: TranslationLimits
 
     def direction(self, source_language: str, target_language: str) -> Direction:
@@ -164,17 +167,22 @@ class TextPreparer:
             self._check_pair(source_language, target_language)
             return Direction(before_source=self.source_prefix, before_target=self.target_prefix)
         for name, code, is_needed in (
-            ("source_language", source_language, told.before_source == "source"),
-            ("target_language", target_language, told.before_target or told.before_source == "target"),
+            ("source_language", source_language, "source" in (told.before_source, told.after_source)),
+            ("target_language", target_language, told.before_target or "target" in (told.before_source, told.after_source)),
         ):
             if code not in told.tokens and (code or is_needed):
                 reason = f"the model does not know {code[:20]!r}" if code else "has to be set"
                 raise InvalidRequestError(name, f"{reason}; it knows {_some(told.tokens)}")
         if self.languages:
             self._check_pair(source_language, target_language)
-        first = {"source": source_language, "target": target_language, None: None}[told.before_source]
+        codes = {"source": source_language, "target": target_language}
+
+        def tokens(side: Literal["source", "target"] | None) -> tuple[int, ...]:
+            return () if side is None else (told.tokens[codes[side]],)
+
         return Direction(
-            before_source=(*self.source_prefix, *(() if first is None else (told.tokens[first],))),
+            before_source=(*self.source_prefix, *tokens(told.before_source)),
+            after_source=tokens(told.after_source),
             before_target=(*((told.tokens[target_language],) if told.before_target else ()), *self.target_prefix),
         )
 
@@ -193,7 +201,7 @@ class TextPreparer:
         Raises:
             InvalidRequestError: naming the option as the protocol spells it, for example ``options.beam_size``.
         """
-        limits = self.limits
+        limits, options = self.limits, self._with_defaults(options)
         beam_size = _bounded("beam_size", _default(options.beam_size, 1), 1, limits.max_beam_size)
         _bounded("num_hypotheses", _default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
         penalty = _default(options.length_penalty, 1.0)
@@ -225,6 +233,20 @@ class TextPreparer:
                 raise InvalidRequestError("options.sampling.top_p", f"must be above 0 and at most 1, not {sampling.top_p:g}")
             _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
             _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
+
+    def _with_defaults(self, options: RequestOptions) -> RequestOptions:
+        """Options with the model's own in the place of those that are not set, but for the longest length."""
+        defaults = self.defaults
+        # A caller who wants it short means it.
+        longest = _default(options.max_target_tokens, self.limits.max_target_tokens)
+        return replace(
+            options,
+            length_penalty=_default(options.length_penalty, defaults.length_penalty),
+            early_stopping=_default(options.early_stopping, defaults.early_stopping),
+            repetition_penalty=_default(options.repetition_penalty, defaults.repetition_penalty),
+            no_repeat_ngram_size=_default(options.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
+            min_target_tokens=_default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
+        )
 
     def check_count(self, num_texts: int) -> None:
         """Refuse a request without texts, or with too many.
@@ -260,7 +282,8 @@ class TextPreparer:
             raise InvalidRequestError(field_name, "holds a lone surrogate, which is not text") from error
         if not ids:
             return ()
-        source = (*direction.before_source, *ids, *((self.eos_id,) if self.source_ends_with_eos else ()))
+        end = (self.eos_id,) if self.source_ends_with_eos else ()
+        source = (*direction.before_source, *ids, *end, *direction.after_source)
         if len(source) > longest:
             counted = " with the end-of-sentence token" if self.source_ends_with_eos else ""
             reason = f"has {len(source)} tokens{counted}; at most {longest} can be translated at once"
@@ -275,10 +298,13 @@ class TextPreparer:
         ``place`` is that of the text in its request: what is drawn for it follows from it and the seed.
 
         The default of max_target_tokens is twice the source and 32 more: far above what a translation takes, and low enough that
-        a hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing.
+        a hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing. Where
+        the model has a default of its own, it is the lower of the two.
         """
+        defaults, options = self.defaults, self._with_defaults(options)
         shortest = _default(options.min_target_tokens, 0)
-        rule = max(2 * source_tokens + 32, shortest + 1)
+        rule = min(2 * source_tokens + 32, _default(defaults.max_target_tokens, self.limits.max_target_tokens))
+        rule = max(rule, shortest + 1)
         # The model's own prefix is no part of the answer, and of no length that a caller gives.
         hidden = len(direction.before_target)
         sampling = options.sampling
@@ -293,6 +319,9 @@ class TextPreparer:
             patience=_default(options.patience, 1.0),
             repetition_penalty=_default(options.repetition_penalty, 1.0),
             no_repeat_ngram_size=_default(options.no_repeat_ngram_size, 0),
+            suppressed=tuple(map(tuple, defaults.suppressed)),
+            rules_of_generate=defaults.rules_of_generate,
+            ends_when_cut=defaults.ends_when_cut,
             sampling=None if sampling is None else replace(sampling, seed=sampling.seed + (place << 64)),
             target_prefix=direction.before_target,
             hidden_prefix_tokens=hidden,

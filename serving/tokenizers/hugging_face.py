@@ -33,8 +33,9 @@ class HuggingFaceTokenizer:
         """From the library's tokenizer, and what it does not tell of itself; see ``load``."""
         self._library = library
         vocabulary = library.get_vocab(with_added_tokens=True)
-        self._largest_id = max(vocabulary.values())
         self._text_ids = frozenset(vocabulary.values()) - special_ids
+        # Special tokens have no text, so that a model may lack some, as BART lacks its pre-training's <mask>.
+        self._largest_id = max(self._text_ids, default=0)
         # What text becomes that spells a special token as the model's own pieces do.
         self._instead = [] if unknown_id is None else [unknown_id]
         self._never_of_text = special_ids - set(self._instead)

@@ -242,6 +242,88 @@ def test_a_manifest_that_lists_itself(directory: Path) -> None:
     assert "manifest.json: cannot list itself" in faults_of(directory)
 
 
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        (
+            {"source_prefix": [64], "target_prefix": [7, 64]},
+            ("source_prefix: 64 is outside a vocabulary of 64", "target_prefix: 64 is outside a vocabulary of 64"),
+        ),
+        ({"source_prefix": [3], "target_prefix": [2]}, ()),
+        ({"target_prefix": [3, 0]}, ("target_prefix: 3 is the end-of-sentence token", "target_prefix: 0 is padding")),
+        (
+            {"language_tokens": {"tokens": {"en": 9, "de": 64}, "before_source": "source", "before_target": True}},
+            ("language_tokens.tokens.de: 64 is outside a vocabulary of 64",),
+        ),
+        (
+            {"language_tokens": {"tokens": {"en": 0, "fr": 3}, "before_source": None, "before_target": True}},
+            (
+                "language_tokens.tokens.en: 0 is padding",
+                "language_tokens.tokens.fr: 3 is the end-of-sentence token",
+                "languages: de has no token",
+            ),
+        ),
+        (
+            {"defaults": {"min_target_tokens": 9, "max_target_tokens": 8, "suppressed": [[64], [3], [3, 4]]}},
+            (
+                "defaults.min_target_tokens: 9 is more than a target may have, 8",
+                "defaults.suppressed: [64] is outside a vocabulary of 64",
+                "defaults.suppressed: [3] is the end-of-sentence token",
+            ),
+        ),
+        ({"defaults": {"min_target_tokens": 128}}, ("defaults.min_target_tokens: 128 is more than a target may have, 127",)),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_tokens_and_defaults_that_contradict_each_other(
+    directory: Path, changes: dict[str, Any], faults: tuple[str, ...]
+) -> None:
+    write_manifest(directory, manifest_fields() | changes)
+    if faults:
+        assert faults_of(directory) == tuple(f"manifest.json: {fault}" for fault in faults)
+    else:
+        read_bundle(directory)
+
+
+@pytest.mark.parametrize(
+    ("before_source", "after_source", "before_target", "size"),
+    [("source", None, False, 64), (None, "target", False, 64), (None, None, True, 99), ("source", None, True, 64)],
+)
+def test_a_languages_token_is_in_the_vocabularies_where_it_is_used(
+    directory: Path, before_source: str | None, after_source: str | None, before_target: bool, size: int
+) -> None:
+    fields = manifest_fields()
+    fields["architecture"]["target_vocab_size"] = 99
+    places = {"before_source": before_source, "after_source": after_source, "before_target": before_target}
+    fields["language_tokens"] = {"tokens": {"en": size - 1, "de": size}, **places}
+    write_manifest(directory, fields)
+    assert faults_of(directory) == (f"manifest.json: language_tokens.tokens.de: {size} is outside a vocabulary of {size}",)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "fault"),
+    [
+        ({"length_penalty": 11.0}, "defaults.length_penalty: Input should be less than or equal to 10"),
+        ({"length_penalty": float("nan")}, "defaults.length_penalty: Input should be a finite number"),
+        ({"repetition_penalty": 0.0}, "defaults.repetition_penalty: Input should be greater than or equal to 0.01"),
+        ({"suppressed": [[]]}, "defaults.suppressed.0: List should have at least 1 item after validation, not 0"),
+        ({"beam_size": 4}, "defaults.beam_size: Extra inputs are not permitted"),
+    ],
+    ids=str,
+)
+def test_defaults_out_of_bounds(directory: Path, defaults: dict[str, Any], fault: str) -> None:
+    write_manifest(directory, manifest_fields() | {"defaults": defaults})
+    assert faults_of(directory) == (f"manifest.json: {fault}",)
+
+
+def test_describe_tells_what_the_models_makers_chose() -> None:
+    fields = manifest_fields() | {"defaults": {"no_repeat_ngram_size": 3, "early_stopping": True, "length_penalty": 1.0}}
+    fields["provenance"]["num_beams"] = 5
+    text = describe(Manifest.model_validate(fields))
+    assert "  defaults    early_stopping True, no_repeat_ngram_size 3\n" in text
+    assert "(weights abababababab), made for 5 beams\n" in text
+
+
 def _link(path: Path) -> None:
     contents = path.read_bytes()
     path.unlink()
@@ -354,6 +436,7 @@ def test_describe() -> None:
         "  model       2 encoder and 1 decoder layers, d_model 16, 2 heads of 8",
         "  vocabulary  64 source, 64 target",
         "  limits      128 source tokens, 127 target tokens, beams of 16, 33 candidates a step",
+        "  defaults    the usual",
         "  tokenizer   sentencepiece (sentencepiece.model)",
         "  checkpoint  tiny-checkpoint (weights abababababab)",
         "  made by     onnxlate 0.1.0, torch 2.13.0, ONNX opset 20",

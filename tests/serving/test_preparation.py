@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.bundle import LanguageTokens
+from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
 from serving.preparation import UNTOLD, Direction, RequestOptions, TextPreparer
 from serving.request import Sampling
@@ -86,6 +86,80 @@ def test_a_source_need_not_end_in_a_token() -> None:
     assert len(preparer.source_ids("a" * 32, "text")) == 32
     with pytest.raises(InvalidRequestError, match="has 33 tokens; at most 32"):
         preparer.source_ids("a" * 33, "text")
+
+
+def test_a_source_may_end_in_its_languages_token() -> None:
+    tokens = LanguageTokens(tokens=CODES, before_source=None, after_source="source", before_target=True)
+    preparer = replace(told(before_source=None, before_target=True), language_tokens=tokens, source_prefix=(7,))
+    direction = preparer.direction("en", "de")
+    assert direction == Direction(before_source=(7,), after_source=(902,), before_target=(901,))
+    assert preparer.source_ids("ab", "text", direction) == (7, *ByteTokenizer().encode("ab"), EOS_ID, 902)
+    assert len(preparer.source_ids("a" * 29, "text", direction)) == 32
+    with pytest.raises(InvalidRequestError, match="has 33 tokens"):
+        preparer.source_ids("a" * 30, "text", direction)
+    with pytest.raises(InvalidRequestError, match="source_language: has to be set"):
+        preparer.direction("", "de")
+    of_target = replace(preparer, language_tokens=tokens.model_copy(update={"after_source": "target", "before_target": False}))
+    assert of_target.direction("", "fr") == Direction(before_source=(7,), after_source=(903,))
+    with pytest.raises(InvalidRequestError, match="target_language: has to be set"):
+        of_target.direction("en", "")
+
+
+CHOSEN = DefaultOptions(
+    length_penalty=2.0,
+    early_stopping=True,
+    repetition_penalty=1.2,
+    no_repeat_ngram_size=3,
+    min_target_tokens=5,
+    max_target_tokens=20,
+    suppressed=[[4, 5], [6]],
+    ends_when_cut=True,
+    rules_of_generate=True,
+)
+
+
+def with_defaults(defaults: DefaultOptions) -> TextPreparer:
+    return replace(told(before_source=None, before_target=False), language_tokens=None, defaults=defaults)
+
+
+def test_what_a_request_leaves_open_is_as_the_models_makers_chose() -> None:
+    options = with_defaults(CHOSEN).decoding_options(RequestOptions(), 10)
+    for name in ("length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size", "ends_when_cut"):
+        assert getattr(options, name) == getattr(CHOSEN, name)
+    assert options.rules_of_generate
+    assert options.suppressed == ((4, 5), (6,))
+    assert (options.beam_size, options.min_target_tokens, options.max_target_tokens) == (1, 5, 20)
+    # Where a source makes it shorter, it is.
+    longer = with_defaults(CHOSEN.model_copy(update={"max_target_tokens": 60}))
+    assert longer.decoding_options(RequestOptions(), 4).max_target_tokens == 40
+
+
+def test_a_request_has_its_own_way() -> None:
+    asked = {
+        "length_penalty": 0.5,
+        "early_stopping": False,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_target_tokens": 0,
+        "max_target_tokens": 50,
+    }
+    options = with_defaults(CHOSEN).decoding_options(RequestOptions(**asked), 10)  # type: ignore[arg-type]  # one of each type
+    assert {name: getattr(options, name) for name in asked} == asked
+
+
+def test_the_models_shortest_length_gives_way_to_a_callers_longest() -> None:
+    preparer, asked = with_defaults(CHOSEN), RequestOptions(max_target_tokens=3)
+    preparer.check_options(asked)
+    options = preparer.decoding_options(asked, 10)
+    assert (options.min_target_tokens, options.max_target_tokens) == (3, 3)
+    # And the model's longest to a caller's shortest.
+    assert preparer.decoding_options(RequestOptions(min_target_tokens=30), 10).max_target_tokens == 31
+
+
+def test_patience_has_a_meaning_where_the_model_stops_early_by_itself() -> None:
+    with_defaults(CHOSEN).check_options(RequestOptions(patience=2.0, beam_size=4))
+    with pytest.raises(InvalidRequestError, match=r"with options\.early_stopping only"):
+        with_defaults(CHOSEN).check_options(RequestOptions(patience=2.0, beam_size=4, early_stopping=False))
 
 
 def test_the_source_language_may_stay_open_where_no_token_tells_it() -> None:
