@@ -1,11 +1,12 @@
 """Which sources an export is measured on: the certificate's, and those that the scales of int8 come from.
 
-Knows a checkpoint's sample lines and its tokenizer; does not know what is measured on them. No source is on both sides: a graph
-is exact on what its scales were made for, and a certificate measured there would say too much.
+Knows a checkpoint's sample lines, its tokenizer and how it is told of languages; does not know what is measured. No source is
+on both sides: a graph is exact on what its scales were made for, and a certificate measured there would say too much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +24,23 @@ _LONGEST_RANDOM = 40
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One source, and what its target starts with."""
+
+    # With what sources start and end with.
+    source_ids: tuple[int, ...]
+    # Tokens after the start token that the model does not choose.
+    target_prefix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
-    """Source ids, each with what sources start and end with; all of them different."""
+    """Samples whose sources are all different."""
 
     source: SampleSource
-    certify: list[list[int]]
+    certify: list[Sample]
     # For the scales of int8; empty where none are wanted.
-    calibrate: list[list[int]]
+    calibrate: list[Sample]
 
 
 def draw_samples(checkpoint: Checkpoint, *, calibrate: bool) -> Samples:
@@ -45,9 +56,15 @@ def draw_samples(checkpoint: Checkpoint, *, calibrate: bool) -> Samples:
     """
     wanted = _MAX_TOGETHER if calibrate else _MAX_ALONE
     source: SampleSource = "sentences" if checkpoint.sample_lines else "random_ids"
-    drawn = _sentences(checkpoint) if checkpoint.sample_lines else _random_ids(checkpoint, wanted)
+    texts = _sentences(checkpoint) if checkpoint.sample_lines else _random_ids(checkpoint, wanted)
+    # Which languages the lines are of is not known: each direction has its turn.
+    templates = _templates(checkpoint)
     # By their ids: two lines may differ in nothing that the model sees.
-    different = list(map(list, dict.fromkeys(map(tuple, drawn))))[:wanted]
+    drawn: dict[tuple[int, ...], Sample] = {}
+    for number, text in enumerate(texts):
+        sample = templates[number % len(templates)].around(text, checkpoint.config.max_positions)
+        drawn.setdefault(sample.source_ids, sample)
+    different = list(drawn.values())[:wanted]
     if not calibrate:
         return Samples(source, certify=different, calibrate=[])
     if len(different) < 2:
@@ -58,23 +75,47 @@ def draw_samples(checkpoint: Checkpoint, *, calibrate: bool) -> Samples:
     return Samples(source, certify=different[1::2], calibrate=different[::2])
 
 
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """What is put around a text of one direction."""
+
+    before_source: tuple[int, ...]
+    after_source: tuple[int, ...]
+    target_prefix: tuple[int, ...]
+
+    def around(self, text: Sequence[int], longest: int) -> Sample:
+        """The sample of a text, which is cut to fit into ``longest`` tokens."""
+        kept = text[: longest - len(self.before_source) - len(self.after_source)]
+        return Sample((*self.before_source, *kept, *self.after_source), self.target_prefix)
+
+
+def _templates(checkpoint: Checkpoint) -> list[_Template]:
+    """That of each pair of languages or, of a model that translates any into any, of each language into the next."""
+    told, end = checkpoint.language_tokens, (checkpoint.config.eos_id,) if checkpoint.source_ends_with_eos else ()
+    if told is None:
+        return [_Template(checkpoint.source_prefix, end, checkpoint.target_prefix)]
+    codes = sorted(told.tokens)
+    pairs = [(pair.source, pair.target) for pair in checkpoint.languages]
+    templates = []
+    for source, target in pairs or zip(codes, codes[1:] + codes[:1], strict=True):
+        tokens = {"source": (told.tokens[source],), "target": (told.tokens[target],), None: ()}
+        templates.append(
+            _Template(
+                (*checkpoint.source_prefix, *tokens[told.before_source]),
+                (*end, *tokens[told.after_source]),
+                (*(tokens["target"] if told.before_target else ()), *checkpoint.target_prefix),
+            )
+        )
+    return templates
+
+
 def _sentences(checkpoint: Checkpoint) -> list[list[int]]:
-    config = checkpoint.config
     tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
-    told = checkpoint.language_tokens
-    # Which languages the lines are of is not known: each of the model's has its turn.
-    tokens = [] if told is None or told.before_source is None else [told.tokens[code] for code in sorted(told.tokens)]
-    end = [config.eos_id] if checkpoint.source_ends_with_eos else []
-    sources = []
-    for number, line in enumerate(checkpoint.sample_lines):
-        first = [*checkpoint.source_prefix, *tokens[number % len(tokens) :][:1]] if tokens else [*checkpoint.source_prefix]
-        sources.append([*first, *tokenizer.encode(line)[: config.max_positions - len(first) - len(end)], *end])
-    return sources
+    return [tokenizer.encode(line) for line in checkpoint.sample_lines]
 
 
 def _random_ids(checkpoint: Checkpoint, number: int) -> list[list[int]]:
     config = checkpoint.config
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, min(_LONGEST_RANDOM, config.max_positions - 1), number)
-    end = [config.eos_id] if checkpoint.source_ends_with_eos else []
-    return [[*rng.integers(0, config.source_vocab_size, n).tolist(), *end] for n in lengths]
+    return [rng.integers(0, config.source_vocab_size, n).tolist() for n in lengths]

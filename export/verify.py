@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step
+from export.samples import Sample
 from serving.bundle import Comparison
 from serving.errors import ExportError
 from serving.runtime import load_graph, pad_sources
@@ -38,7 +39,7 @@ class Reference:
     """What the model itself says."""
 
     source_ids: tuple[int, ...]
-    # Start token, then its greedy translation, without the end-of-sentence token.
+    # Start token, what the target is made to start with, then its greedy translation, without the end-of-sentence token.
     target_ids: tuple[int, ...]
     # [len(target_ids), vocabulary], from the uncached pass over target_ids.
     logits: NDArray[np.float32]
@@ -49,7 +50,7 @@ Stepper = Callable[[Reference], NDArray[np.float32]]
 
 
 @torch.no_grad()
-def make_references(model: Transformer, sources: Sequence[Sequence[int]]) -> list[Reference]:
+def make_references(model: Transformer, samples: Sequence[Sample]) -> list[Reference]:
     """Greedy translations by the uncached pass, which computes the whole prefix anew.
 
     They are drafted with caches, and one uncached pass over a draft says whether each of its tokens is the one that the pass
@@ -63,21 +64,24 @@ def make_references(model: Transformer, sources: Sequence[Sequence[int]]) -> lis
     longest = min(_LONGEST_TARGET, config.max_positions)
     encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
     references = []
-    for source in sources:
+    for sample in samples:
+        source = sample.source_ids
         source_ids, lengths = torch.tensor([list(source)]), torch.tensor([len(source)])
-        target = [config.decoder_start_id]
+        target = [config.decoder_start_id, *sample.target_prefix][:longest]
         while True:
+            given = len(target) - 1
             draft = _drafted(encoder, decoder, config, source, target, longest)
             logits = model(source_ids, lengths, torch.tensor([draft]))[0]
             if not logits.isfinite().all():
                 raise ExportError("the model's own logits are not finite; nothing was written")
             best = _decodable(logits.numpy(), config).argmax(axis=1).tolist()
-            agreed = next((i for i, token in enumerate(draft[1:]) if best[i] != token), len(draft) - 1)
+            # Tokens that are given already are not asked for again: the model need not have chosen the first ones.
+            agreed = next((i for i in range(given, len(draft) - 1) if best[i] != draft[i + 1]), len(draft) - 1)
             target = draft[: agreed + 1]
             if best[agreed] == config.eos_id or len(target) == longest:
                 break
             target.append(best[agreed])
-        references.append(Reference(tuple(source), tuple(target), logits.numpy()[: len(target)]))
+        references.append(Reference(source, tuple(target), logits.numpy()[: len(target)]))
     return references
 
 

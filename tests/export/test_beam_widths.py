@@ -21,13 +21,14 @@ from export.calibration import calibrated_graphs
 from export.graphs import DecoderStepGraph
 from export.model import ModelConfig
 from export.onnx_export import MAX_BEAM_SIZE, export_decoder
+from export.samples import Sample
 from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
 
 WIDTHS = [1, 2, 3, 4, 5, 16]
 SOURCE_CAPACITY, TARGET_CAPACITY = 24, 9
 SOURCE_LENGTHS = [9, 23, 1]
-SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
+SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3))]
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -50,7 +51,7 @@ def traced(request: pytest.FixtureRequest) -> Traced:
         module = DecoderStepGraph(model).eval()
         graph = export_decoder(module, model.config)
         return Traced(model.config, module, graph, load_graph(graph), np.float32)
-    _, module = calibrated_graphs(model, verify.make_references(model, SOURCES))
+    _, module = calibrated_graphs(model, verify.make_references(model, SAMPLES))
     graph = export_decoder(module, model.config, torch.int8)
     return Traced(model.config, module, graph, load_graph(graph), np.int8)
 

@@ -19,10 +19,11 @@ from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer
 from export.model import Transformer
 from export.onnx_export import example_step, export_decoder, export_encoder
 from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear
+from export.samples import Sample
 from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
 
-SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3], [40, 41, 5, 6, 7, 8, 9, 10, 3]]
+SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3)), Sample((40, 41, 5, 6, 7, 8, 9, 10, 3))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Calibrated:
 @pytest.fixture(scope="module")
 def calibrated() -> Calibrated:
     model = tiny_model(tiny_config(num_decoder_layers=2, d_model=32, num_heads=2, encoder_d_ff=64, decoder_d_ff=48))
-    references = verify.make_references(model, SOURCES)
+    references = verify.make_references(model, SAMPLES)
     encoder, decoder = calibrated_graphs(model, references)
     return Calibrated(
         model, references, encoder, decoder, export_encoder(encoder), export_decoder(decoder, model.config, torch.int8)

@@ -19,12 +19,13 @@ from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import Transformer
 from export.onnx_export import export_decoder, export_encoder
 from export.pipeline import export_bundle
+from export.samples import Sample
 from serving.bundle import Bundle, Comparison, Precision
 from serving.errors import BundleError, CheckpointError, ExportError
 from serving.runtime.host import HostModelSession
 from tests.support import SAMPLE_LINES, TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 
-SOURCES = [[5, 9, 11, 3], [20, 21, 22, 23, 24, 3], [7, 3]]
+SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def comparison(difference: float = 0.0, agreement: float = 1.0, tolerance: float
 
 
 def test_references_are_the_models_own_greedy_translations(model: Transformer) -> None:
-    for reference, source in zip(verify.make_references(model, SOURCES), SOURCES, strict=True):
-        assert reference.source_ids == tuple(source)
+    for reference, sample in zip(verify.make_references(model, SAMPLES), SAMPLES, strict=True):
+        assert reference.source_ids == sample.source_ids
         assert reference.target_ids[0] == model.config.decoder_start_id
         assert reference.logits.shape == (len(reference.target_ids), TINY_VOCAB_SIZE)
         decodable = reference.logits.copy()
@@ -47,11 +48,11 @@ def test_references_are_the_models_own_greedy_translations(model: Transformer) -
         assert tuple(decodable.argmax(axis=1)[:-1]) == reference.target_ids[1:]
 
 
-def plain_references(model: Transformer, sources: list[list[int]], longest: int) -> list[verify.Reference]:
+def plain_references(model: Transformer, samples: list[Sample], longest: int) -> list[verify.Reference]:
     """Greedy translation written out: for each token an uncached pass over the whole prefix."""
     config, references = model.config, []
-    for source in sources:
-        target, logits = [config.decoder_start_id], torch.empty(0)
+    for sample in samples:
+        source, target, logits = sample.source_ids, [config.decoder_start_id, *sample.target_prefix], torch.empty(0)
         while True:
             with torch.no_grad():
                 logits = model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([target]))[0]
@@ -61,7 +62,7 @@ def plain_references(model: Transformer, sources: list[list[int]], longest: int)
             if best == config.eos_id or len(target) == longest:
                 break
             target.append(best)
-        references.append(verify.Reference(tuple(source), tuple(target), logits.numpy()))
+        references.append(verify.Reference(source, tuple(target), logits.numpy()))
     return references
 
 
@@ -73,7 +74,7 @@ def assert_same(got: list[verify.Reference], expected: list[verify.Reference]) -
 
 # Added to the logit of the end of the sentence: random models of themselves never stop.
 EAGER_TO_STOP = {"never": 0.0, "late": 1.5, "soon": 2.5}
-FOUR_SOURCES = [*SOURCES, [9, 9, 9, 9, 9, 9, 9, 3]]
+FOUR_SAMPLES = [*SAMPLES, Sample((9, 9, 9, 9, 9, 9, 9, 3))]
 
 
 def stopping_model(eagerness: str) -> Transformer:
@@ -87,17 +88,28 @@ def stopping_model(eagerness: str) -> Transformer:
 @pytest.mark.parametrize("eagerness", EAGER_TO_STOP)
 def test_references_equal_a_pass_for_every_token(eagerness: str) -> None:
     random = stopping_model(eagerness)
-    references = verify.make_references(random, FOUR_SOURCES)
+    references = verify.make_references(random, FOUR_SAMPLES)
     lengths = {len(reference.target_ids) for reference in references}
     assert lengths == {64} if eagerness == "never" else min(lengths) < max(lengths)
-    assert_same(references, plain_references(random, FOUR_SOURCES, 64))
+    assert_same(references, plain_references(random, FOUR_SAMPLES, 64))
+
+
+@pytest.mark.parametrize("eagerness", EAGER_TO_STOP)
+def test_references_start_with_what_a_target_is_made_to_start_with(eagerness: str) -> None:
+    random = stopping_model(eagerness)
+    samples = [Sample(sample.source_ids, (50 + i, 40)[: 1 + i % 2]) for i, sample in enumerate(FOUR_SAMPLES)]
+    references = verify.make_references(random, samples)
+    assert_same(references, plain_references(random, samples, 64))
+    # It is nothing that the model would have said of itself.
+    for reference, plain in zip(references, verify.make_references(random, FOUR_SAMPLES), strict=True):
+        assert reference.target_ids[1:2] != plain.target_ids[1:2]
 
 
 def test_a_model_of_few_positions_ends_there() -> None:
     random = tiny_model(tiny_config(max_positions=7), seed=1)
-    references = verify.make_references(random, SOURCES)
+    references = verify.make_references(random, SAMPLES)
     assert max(len(reference.target_ids) for reference in references) == 7
-    assert_same(references, plain_references(random, SOURCES, 7))
+    assert_same(references, plain_references(random, SAMPLES, 7))
 
 
 # What is drafted after a prefix of so many tokens, from what would have been right.
@@ -116,23 +128,23 @@ def test_wrong_drafts_change_nothing(
     wrong: Callable[[list[int], int], list[int]], eagerness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = stopping_model(eagerness)
-    expected = plain_references(random, FOUR_SOURCES, 64)
+    expected = plain_references(random, FOUR_SAMPLES, 64)
     translations = {reference.source_ids: list(reference.target_ids) for reference in expected}
     drafts: list[list[int]] = []
 
-    def draft(_e: object, _d: object, _c: object, source: list[int], prefix: list[int], _longest: int) -> list[int]:
-        right = translations[tuple(source)]
+    def draft(_e: object, _d: object, _c: object, source: tuple[int, ...], prefix: list[int], _longest: int) -> list[int]:
+        right = translations[source]
         assert prefix == right[: len(prefix)], "a wrong token was kept"
         drafts.append(wrong(right, len(prefix)))
         return drafts[-1]
 
     monkeypatch.setattr(verify, "_drafted", draft)
-    assert_same(verify.make_references(random, FOUR_SOURCES), expected)
+    assert_same(verify.make_references(random, FOUR_SAMPLES), expected)
     assert any(tuple(d) not in {r.target_ids for r in expected} for d in drafts)
 
 
 def test_cached_pytorch_is_the_uncached_pass(model: Transformer) -> None:
-    references = verify.make_references(model, SOURCES)
+    references = verify.make_references(model, SAMPLES)
     measured = verify.compare(references, verify.pytorch_stepper(model), model.config, name="n", tolerance=1e-3)
     assert measured.reference == "PyTorch, fp32, uncached"
     assert measured.max_abs_logit_difference < 1e-4
@@ -140,7 +152,7 @@ def test_cached_pytorch_is_the_uncached_pass(model: Transformer) -> None:
 
 
 def test_a_difference_is_found_where_it_is(model: Transformer) -> None:
-    references = verify.make_references(model, SOURCES)
+    references = verify.make_references(model, SAMPLES)
     exact = {reference.source_ids: reference.logits for reference in references}
 
     def off_at_one_place(reference: verify.Reference) -> NDArray[np.float32]:
@@ -156,7 +168,7 @@ def test_a_difference_is_found_where_it_is(model: Transformer) -> None:
 
 
 def test_logits_that_are_no_numbers_are_refused(model: Transformer) -> None:
-    references = verify.make_references(model, SOURCES)
+    references = verify.make_references(model, SAMPLES)
 
     def broken(reference: verify.Reference) -> NDArray[np.float32]:
         logits = reference.logits.copy()
@@ -176,7 +188,7 @@ def test_a_candidate_that_is_not_the_best_of_its_own_logits_is_refused(model: Tr
     encoder = export_encoder(EncoderGraph(model).eval())
     stepper = verify.onnx_stepper(model.config, encoder, decoder.SerializeToString(), name="onnx_fp16")
     with pytest.raises(ExportError, match=r"^onnx_fp16: the decoder's best candidate is not the best of its own logits; "):
-        stepper(verify.make_references(model, SOURCES)[0])
+        stepper(verify.make_references(model, SAMPLES)[0])
 
 
 def test_a_model_whose_own_logits_are_no_numbers_is_refused() -> None:
@@ -184,7 +196,7 @@ def test_a_model_whose_own_logits_are_no_numbers_is_refused() -> None:
     with torch.no_grad():
         broken.decoder.embedding.tokens.weight.fill_(3e38)
     with pytest.raises(ExportError, match="the model's own logits are not finite"):
-        verify.make_references(broken, SOURCES)
+        verify.make_references(broken, SAMPLES)
 
 
 def test_heads_that_the_runtime_cannot_run_are_refused_before_any_work(tmp_path: Path) -> None:
