@@ -167,6 +167,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certifi
         source_prefix=list(checkpoint.source_prefix),
         source_ends_with_eos=checkpoint.source_ends_with_eos,
         target_prefix=list(checkpoint.target_prefix),
+        defaults=checkpoint.defaults,
         tokenizer=checkpoint.tokenizer,
         provenance=Provenance(
             checkpoint=checkpoint.name,
@@ -174,6 +175,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certifi
             onnxlate_version=metadata.version("onnxlate"),
             torch_version=torch.__version__,
             onnx_opset=OPSET,
+            num_beams=checkpoint.num_beams,
         ),
         certificate=certificate,
     )

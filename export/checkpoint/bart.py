@@ -1,4 +1,4 @@
-"""Hugging Face's BART directories, and those of its descendants with the same names: mBART-50 and Pegasus.
+"""Hugging Face's BART directories, and those of its descendants with the same names: mBART, mBART-50 and Pegasus.
 
 A directory with ``config.json`` (``"model_type": "bart"``, ``"mbart"`` or ``"pegasus"``), the weights and the tokenizer's files;
 some have ``tokenizer_config.json``, ``generation_config.json`` and ``samples.txt``. Knows the names of their tensors and what
@@ -9,7 +9,8 @@ the end; Pegasus before each and at the end. BART's and mBART's learned position
 Pegasus computes its positions, and may store them all the same.
 
 **Forced tokens.** ``forced_bos_token_id`` is the token that every target starts with after the start token: BART's ``<s>``, or
-the token of the one language that a multilingual model was tuned for.
+the token of the one language that a multilingual model was tuned for. An older mBART that was tuned for one has that token in the
+place of the start token.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ from torch import Tensor
 
 from export.checkpoint import marian
 from export.checkpoint.bart_config import BartFields, MBartFields, PegasusFields
-from export.checkpoint.bart_tokenizers import TokenizerParts, byte_level_tokenizer, fairseq_tokenizer, pegasus_tokenizer
+from export.checkpoint.bart_tokenizers import (
+    MBART50_LANGUAGES,
+    MBART_LANGUAGES,
+    TokenizerParts,
+    byte_level_tokenizer,
+    fairseq_tokenizer,
+    pegasus_tokenizer,
+)
 from export.checkpoint.base import Checkpoint, read_samples
+from export.checkpoint.generation import GenerationSettings, read_generation
 from export.checkpoint.hugging_face import (
     CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
-    generation_faults,
     is_of_type,
-    one_of,
     read_json,
     read_weights,
     rename,
@@ -42,13 +48,12 @@ from export.checkpoint.hugging_face import (
     token_text,
 )
 from export.model import ModelConfig, NormPlacement, sinusoidal_table
-from serving.bundle import LanguagePair, LanguageTokens, field_faults
+from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, field_faults
 from serving.errors import CheckpointError
 from serving.tokenizers import open_tokenizer
 
 # Fields that make another model of any of these families, and the values with which they do not.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "add_bias_logits": (False, None),
     "auto_map": (None, {}),
     "do_blenderbot_90_layernorm": (False, None),
     "is_decoder": (False, None),
@@ -58,8 +63,11 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 _TOKENS: Mapping[str, tuple[Any, ...]] = {"eos_token": ("</s>",), "unk_token": ("<unk>",), "pad_token": ("<pad>",)}
 _MBART_CODE = re.compile(r"([a-z]{2,3}_[A-Z]{2})")
+_MBART_CLASSES = ("MBartTokenizer", "MBartTokenizerFast")
+_MBART50_CLASSES = ("MBart50Tokenizer", "MBart50TokenizerFast")
 _SHARED = "model.shared.weight"
 _BIAS = "final_logits_bias"
+_OUTPUT = "lm_head.weight"
 _SIDES = ("encoder", "decoder")
 # Rows of BART's table of positions before the first position's.
 _POSITION_OFFSET = 2
@@ -112,20 +120,21 @@ class FamilyReader:
         """
         family, faults = self._family, list[str]()
         document = read_json(directory / CONFIG_NAME, faults) or {}
-        # Settings of ``generate`` are in the configuration itself where they have no file of their own.
-        generation_name, generation = GENERATION_CONFIG_NAME, read_json(directory / GENERATION_CONFIG_NAME, faults)
-        if generation is None:
-            generation_name, generation = CONFIG_NAME, document
+        generation = read_generation(directory, document, faults)
         config = _read_config(family, document, generation, faults)
-        forced = _forced_start(generation, generation_name, config, faults) if config else None
+        forced = generation.forced_start(config, faults) if config else None
         settings = read_json(directory / TOKENIZER_CONFIG_NAME, faults) or {}
         tokens = {name: token_text(settings[name]) for name in _TOKENS if name in settings}
         faults += [f"{TOKENIZER_CONFIG_NAME}: {fault}" for fault in setting_faults(tokens, _TOKENS)]
         faults += [f"{TOKENIZER_CONFIG_NAME}: {fault}" for fault in setting_faults(settings, {"sp_model_kwargs": (None, {})})]
         parts = family.tokenizer(directory, document, settings, faults)
+        languages: list[LanguagePair] = []
+        language_tokens, defaults = None, DefaultOptions()
         if parts and config:
             _check_tokenizer(parts, config, faults)
-        languages, language_tokens = _languages(parts.languages if parts else {}, forced, faults)
+            languages, language_tokens = _languages(parts, forced, config.decoder_start_id, faults)
+            hidden = forced is not None or (language_tokens is not None and language_tokens.before_target)
+            defaults = generation.defaults(config, hidden_tokens=int(hidden), faults=faults)
         stored, weights_sha256, weights_name = read_weights(directory, faults)
         tensors = _tensors(family, config, stored, weights_name, faults) if config and stored else {}
         sample_lines = read_samples(directory, faults)
@@ -139,11 +148,14 @@ class FamilyReader:
             languages=languages,
             language_tokens=language_tokens,
             target_prefix=() if forced is None else (forced,),
+            defaults=defaults,
+            num_beams=generation.num_beams,
             tokenizer=parts.spec,
             tokenizer_files=parts.files,
             source_prefix=parts.source_prefix,
             weights_sha256=weights_sha256,
             sample_lines=sample_lines,
+            warnings=generation.warnings,
         )
 
 
@@ -201,14 +213,15 @@ def _table_fault(table: Tensor, shape: list[int]) -> str | None:
 
 
 def _read_config(
-    family: Family, document: dict[str, Any], generation: Mapping[str, Any], faults: list[str]
+    family: Family, document: dict[str, Any], generation: GenerationSettings, faults: list[str]
 ) -> ModelConfig | None:
     """The architecture, without its tables of positions; None when it cannot be known."""
     if not document:
         return None
     found = setting_faults(document, {**_ONLY, **family.only})
+    has_default = not family.fields.model_fields["decoder_start_token_id"].is_required()
     try:
-        fields = family.fields.model_validate(document | _start(document, generation))
+        fields = family.fields.model_validate(document | generation.start(has_default=has_default))
         found += (unsupported := fields.architecture_faults())
     except ValidationError as error:
         faults += [f"{CONFIG_NAME}: {fault}" for fault in found + field_faults(error.errors())]
@@ -219,35 +232,9 @@ def _read_config(
     return fields.architecture(family.norm, embedding_norm=family.embedding_norm, output_bias=family.output_bias)
 
 
-def _start(document: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The start token of ``generate`` for a model that states none of its own."""
-    name = "decoder_start_token_id"
-    stated, generated = document.get(name), generation.get(name)
-    return {name: generated} if stated is None and generated is not None else {}
-
-
-def _forced_start(generation: Mapping[str, Any], name: str, config: ModelConfig, faults: list[str]) -> int | None:
-    """The token that every target is forced to start with; None when there is none.
-
-    What the settings of ``generate``, of the file ``name``, have beside it that is unsupported goes to ``faults``.
-    """
-    settings = dict(generation)
-    forced = one_of(settings.pop("forced_bos_token_id", None))
-    # What old versions wrote in the configuration instead.
-    if forced is None and settings.get("force_bos_token_to_be_generated"):
-        forced = settings.get("bos_token_id", 0)
-    faults += [f"{name}: {fault}" for fault in generation_faults(settings, config)]
-    if forced is None:
-        return None
-    if type(forced) is not int or not 0 <= forced < config.target_vocab_size or forced in (config.eos_id, config.pad_id):
-        faults.append(f"{name}: forced_bos_token_id: {forced!r} cannot start a target")
-        return None
-    return forced
-
-
 def _check_tokenizer(parts: TokenizerParts, config: ModelConfig, faults: list[str]) -> None:
     """Whether there is such a tokenizer and it is this model's; what is wrong with it goes to ``faults``."""
-    taken = {config.pad_id, config.eos_id, config.decoder_start_id}
+    taken = {config.pad_id, config.eos_id}
     faults += [
         f"language {code}: its token {token_id} is outside a vocabulary of {config.target_vocab_size}, or another's"
         for code, token_id in parts.languages.items()
@@ -266,23 +253,35 @@ def _check_tokenizer(parts: TokenizerParts, config: ModelConfig, faults: list[st
         faults.append(f"tokenizer: </s> has id {parts.end_id}, the model's end-of-sentence token is {config.eos_id}")
 
 
-def _languages(tokens: dict[str, int], forced: int | None, faults: list[str]) -> tuple[list[LanguagePair], LanguageTokens | None]:
-    """The pairs that a model translates and how it is told which."""
+def _languages(
+    parts: TokenizerParts, forced: int | None, start: int, faults: list[str]
+) -> tuple[list[LanguagePair], LanguageTokens | None]:
+    """The pairs that a model translates and how it is told which.
+
+    One whose targets all start with the same language's token, forced or in the place of the start token, translates into that.
+    """
+    tokens = parts.languages
     if not tokens:
         return [], None
-    if forced is None:
-        return [], LanguageTokens(tokens=tokens, before_source="source", before_target=True)
-    targets = [code for code, token_id in tokens.items() if token_id == forced]
-    if not targets:
+    targets = [code for code, token_id in tokens.items() if token_id == (start if forced is None else forced)]
+    if forced is not None and not targets:
         faults.append(f"forced_bos_token_id: {forced} is no language's token")
-    pairs = [LanguagePair(source=code, target=target) for code in tokens for target in targets if code != target]
-    return pairs, LanguageTokens(tokens=tokens, before_source="source", before_target=False)
+    told = LanguageTokens(
+        tokens=tokens,
+        before_source=None if parts.language_is_last else "source",
+        after_source="source" if parts.language_is_last else None,
+        before_target=forced is None and not targets,
+    )
+    return [LanguagePair(source=code, target=target) for code in tokens for target in targets if code != target], told
 
 
 def _tensors(
     family: Family, config: ModelConfig, stored: Mapping[str, Tensor], file_name: str, faults: list[str]
 ) -> dict[str, Tensor]:
     """Tensors by our names; what is wrong with them goes to ``faults``."""
+    if not any(name.startswith("model.") for name in stored):
+        # Of a model that was stored without the head that makes logits, as the first BARTs were.
+        stored = {name if name in (_BIAS, _OUTPUT) else f"model.{name}": tensor for name, tensor in stored.items()}
     tables = {name: tensor for name, tensor in stored.items() if ".embed_positions." in name}
     tensors = {name: tensor for name, tensor in stored.items() if name not in tables}
     if family.output_bias:
@@ -305,9 +304,11 @@ def _tensors(
 def _mbart_tokenizer(
     directory: Path, document: Mapping[str, Any], settings: Mapping[str, Any], faults: list[str]
 ) -> TokenizerParts | None:
-    """mBART-50's; that of the older mBART puts a source's language behind its end, where a bundle has no place for it."""
-    check_class(document, settings, ("MBart50Tokenizer", "MBart50TokenizerFast"), "MBartTokenizer", faults)
-    return fairseq_tokenizer(directory, settings, _MBART_CODE, faults)
+    """mBART-50's or that of the older mBART, which puts a source's language behind its end."""
+    stated = check_class(document, settings, (*_MBART_CLASSES, *_MBART50_CLASSES), _MBART_CLASSES[0], faults)
+    is_older = stated in _MBART_CLASSES
+    known = MBART_LANGUAGES.split() + ([] if is_older else MBART50_LANGUAGES.split())
+    return fairseq_tokenizer(directory, settings, _MBART_CODE, faults, known=known, language_is_last=is_older)
 
 
 def check_class(
@@ -354,7 +355,7 @@ BART = Family(
 )
 MBART = Family(
     model_type="mbart",
-    description=f'Hugging Face mBART-50 ({CONFIG_NAME} with "model_type": "mbart", weights, sentencepiece.bpe.model)',
+    description=f'Hugging Face mBART or mBART-50 ({CONFIG_NAME} with "model_type": "mbart", weights, sentencepiece.bpe.model)',
     fields=MBartFields,
     only={
         "add_final_layer_norm": (True, None),

@@ -102,7 +102,7 @@ class BartFields(BaseModel):
 class MBartFields(BartFields):
     """With the defaults of ``MBartConfig``."""
 
-    # Not of every kind the same, so that it must be stated.
+    # Not of every kind the same: where none is stated, targets start with ``<s>``.
     decoder_start_token_id: TokenId
 
 

@@ -2,9 +2,9 @@
 
 Does not know any architecture, nor where in a source or target a model wants a language's token (``bart.py``, ``m2m100.py``).
 
-**fairseq** (mBART-50, NLLB) puts ``<s>``, ``<pad>``, ``</s>``, ``<unk>`` before the pieces, and tokens of languages after them. A
-SentencePiece model starts with ``<unk>``, ``<s>``, ``</s>`` and numbers its pieces one lower. No token of a language is in the
-vocabulary that is written here: no text makes one, and none has a text.
+**fairseq** (mBART, mBART-50, NLLB) puts ``<s>``, ``<pad>``, ``</s>``, ``<unk>`` before the pieces, and tokens of languages after
+them. A SentencePiece model starts with ``<unk>``, ``<s>``, ``</s>`` and numbers its pieces one lower. No token of a language is
+in the vocabulary that is written here: no text makes one, and none has a text.
 
 **Pegasus** has 103 tokens of its training between ``</s>`` and the pieces.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ MERGES_NAME = "merges.txt"
 SENTENCEPIECE_NAME = "sentencepiece.bpe.model"
 VOCABULARY_NAME = "vocabulary.json"
 
+# Tokens of languages in their order, for directories that do not list them; mBART-50 has both.
+MBART_LANGUAGES = (
+    "ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP nl_XX ro_RO "
+    "ru_RU si_LK tr_TR vi_VN zh_CN"
+)
+MBART50_LANGUAGES = (
+    "af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE ta_IN te_IN "
+    "th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"
+)
+
 _START, _END = "<s>", "</s>"
 _FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 _FIRST_PIECES = ("<unk>", "<s>", "</s>")
@@ -54,6 +64,8 @@ class TokenizerParts:
     files: dict[str, Path | bytes]
     # Language code -> its token; empty for a model that is told no language.
     languages: dict[str, int] = field(default_factory=dict)
+    # Whether a source has its language's token at its very end, and not before its text.
+    language_is_last: bool = False
     # Ids that every source starts with.
     source_prefix: tuple[int, ...] = ()
     # That of ``</s>``; None: it is not there.
@@ -61,29 +73,43 @@ class TokenizerParts:
 
 
 def fairseq_tokenizer(
-    directory: Path, settings: Mapping[str, Any], code: re.Pattern[str], faults: list[str]
+    directory: Path,
+    settings: Mapping[str, Any],
+    code: re.Pattern[str],
+    faults: list[str],
+    *,
+    known: Sequence[str] = (),
+    language_is_last: bool = False,
 ) -> TokenizerParts | None:
-    """The tokenizer of mBART-50 or NLLB; None after a fault.
+    """The tokenizer of mBART, mBART-50 or NLLB; None after a fault.
 
     Args:
         directory: has ``sentencepiece.bpe.model``, or else ``tokenizer.json``.
         settings: what ``tokenizer_config.json`` holds.
         code: how a language's token looks; its first group is the language's code.
         faults: of the whole checkpoint so far.
+        known: tokens of languages in their order, for a directory that lists none.
+        language_is_last: whether a source ends in its language's token.
     """
     if not (directory / SENTENCEPIECE_NAME).is_file() and (directory / TOKENIZER_NAME).is_file():
-        return _whole_tokenizer(_json_ids(directory, settings, faults), directory / TOKENIZER_NAME, code)
-    pieces = sentencepiece_pieces(directory / SENTENCEPIECE_NAME, faults)
-    if pieces is None:
-        return None
-    if tuple(pieces[: len(_FIRST_PIECES)]) != _FIRST_PIECES:
-        faults.append(f"{SENTENCEPIECE_NAME}: starts with {pieces[:3]}; only {', '.join(_FIRST_PIECES)} is supported")
-        return None
-    tokens = [*_FIRST_TOKENS, *pieces[len(_FIRST_PIECES) :]]
-    added, special = added_tokens(directory, settings, faults), special_tokens(directory, settings, faults)
-    languages = language_ids(code, added, special, first_id=len(tokens))
-    vocabulary = {token: i for i, token in enumerate(tokens) if not code.fullmatch(token)}
-    return renumbered(directory / SENTENCEPIECE_NAME, vocabulary, languages)
+        parts = _whole_tokenizer(_json_ids(directory, settings, faults), directory / TOKENIZER_NAME, code)
+    else:
+        pieces = sentencepiece_pieces(directory / SENTENCEPIECE_NAME, faults)
+        if pieces is None:
+            return None
+        if tuple(pieces[: len(_FIRST_PIECES)]) != _FIRST_PIECES:
+            faults.append(f"{SENTENCEPIECE_NAME}: starts with {pieces[:3]}; only {', '.join(_FIRST_PIECES)} is supported")
+            return None
+        tokens = [*_FIRST_TOKENS, *pieces[len(_FIRST_PIECES) :]]
+        added, special = added_tokens(directory, settings, faults), special_tokens(directory, settings, faults)
+        if not any(map(code.fullmatch, (*added, *special))):
+            special = list(known)
+        languages = language_ids(code, added, special, first_id=len(tokens))
+        vocabulary = {token: i for i, token in enumerate(tokens) if not code.fullmatch(token)}
+        parts = renumbered(directory / SENTENCEPIECE_NAME, vocabulary, languages)
+    if not parts.languages:
+        faults.append(f"{TOKENIZER_CONFIG_NAME}: no token of a language is listed, nor in any other file")
+    return replace(parts, language_is_last=language_is_last)
 
 
 def renumbered(model: Path, vocabulary: Mapping[str, int], languages: dict[str, int]) -> TokenizerParts:

@@ -11,7 +11,7 @@ first of: ``decoder.embedding.tokens.weight``, ``encoder.embedding.tokens.weight
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.model import ModelConfig, Transformer
-from serving.bundle import AnyTokenizerSpec, LanguagePair, LanguageTokens
+from serving.bundle import AnyTokenizerSpec, DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 
 _TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
@@ -48,6 +48,9 @@ class Checkpoint:
     source_ends_with_eos: bool = True
     # Ids that every target starts with, after the start token.
     target_prefix: tuple[int, ...] = ()
+    # What the model's makers chose of how it is decoded, and how many beams; None: they did not say.
+    defaults: DefaultOptions = field(default_factory=DefaultOptions)
+    num_beams: int | None = None
     tokenizer: AnyTokenizerSpec
     # By the names that ``tokenizer`` uses: where a file is, or its contents where the reader made it.
     tokenizer_files: dict[str, Path | bytes]

@@ -1,7 +1,8 @@
 """What directories of Hugging Face models have in common, whatever the family: JSON files and weights under several names.
 
-Knows ``model.safetensors``, ``pytorch_model.bin``, settings of ``generate`` and where special tokens are listed; does not know
-any architecture. A reader of a family brings its own fields, its name map and its tokenizer (``marian.py``, ``bart.py``).
+Knows ``model.safetensors``, ``pytorch_model.bin`` and where special tokens are listed; does not know any architecture, nor what
+settings of ``generate`` mean (``generation.py``). A reader of a family brings its own fields, its name map and its tokenizer
+(``marian.py``, ``bart.py``).
 """
 
 from __future__ import annotations
@@ -29,30 +30,6 @@ ADDED_TOKENS_NAME = "added_tokens.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 SAFETENSORS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
-
-# Settings of ``generate`` that change what may be decoded, and the values with which they change nothing. How to search (beams,
-# length penalty, lengths, when to stop) is a request's business and not looked at.
-_NEUTRAL_GENERATION: Mapping[str, tuple[Any, ...]] = {
-    "begin_suppress_tokens": (None, []),
-    "constraints": (None, []),
-    "diversity_penalty": (None, 0),
-    "do_sample": (None, False),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1),
-    "exponential_decay_length_penalty": (None,),
-    "force_words_ids": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_decoder_ids": (None, []),
-    "guidance_scale": (None, 1),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "no_repeat_ngram_size": (None, 0),
-    "num_beam_groups": (None, 1),
-    "penalty_alpha": (None, 0),
-    "repetition_penalty": (None, 1),
-    "sequence_bias": (None, {}, []),
-    "suppress_tokens": (None, []),
-}
 
 
 def is_of_type(directory: Path, model_type: str) -> bool:
@@ -93,26 +70,6 @@ def setting_faults(settings: Mapping[str, Any], supported: Mapping[str, tuple[An
         for name, values in supported.items()
         if name in settings and settings[name] not in values
     ]
-
-
-def generation_faults(settings: Mapping[str, Any], config: ModelConfig) -> list[str]:
-    """Every setting of ``generate`` that changes what may be decoded in a way that a bundle does not.
-
-    A bundle never decodes padding and start, so ``bad_words_ids`` may name these. An end that is forced at the longest length has
-    no text: ``forced_eos_token_id`` may be the model's own.
-    """
-    faults = setting_faults(settings, _NEUTRAL_GENERATION)
-    never = [[token_id] for token_id in config.never_decoded]
-    bad_words = settings.get("bad_words_ids") or []
-    if not isinstance(bad_words, list) or any(words not in never for words in bad_words):
-        faults.append(f"bad_words_ids: {bad_words!r} is not supported, only tokens that are never decoded: {never!r}")
-    expected = {
-        "forced_eos_token_id": (None, config.eos_id, [config.eos_id]),
-        "eos_token_id": (None, config.eos_id, [config.eos_id]),
-        "pad_token_id": (None, config.pad_id),
-        "decoder_start_token_id": (None, config.decoder_start_id),
-    }
-    return faults + setting_faults(settings, expected)
 
 
 def read_weights(directory: Path, faults: list[str]) -> tuple[dict[str, Tensor], str, str]:

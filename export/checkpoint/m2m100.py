@@ -6,7 +6,7 @@ how the two call their languages; the fields and names of tensors are BART's (``
 on the logits.
 
 **Languages.** A source starts with its language's token and a target is made to start with its own: ``__de__`` of the language
-``de`` in M2M100, ``deu_Latn`` in NLLB.
+``de`` in M2M100, ``deu_Latn`` in NLLB. With ``legacy_behaviour`` NLLB's sources end with it instead, after ``</s>``.
 """
 
 from __future__ import annotations
@@ -101,10 +101,8 @@ def _tokenizer(
 ) -> TokenizerParts | None:
     stated = check_class(document, settings, (_M2M100_CLASS, *_NLLB_CLASSES), _M2M100_CLASS, faults)
     if stated in _NLLB_CLASSES:
-        # Older models wanted a source's language behind its end.
-        legacy = setting_faults(settings, {"legacy_behaviour": (False, None)})
-        faults += [f"{TOKENIZER_CONFIG_NAME}: {fault}" for fault in legacy]
-        return fairseq_tokenizer(directory, settings, _NLLB_CODE, faults)
+        legacy = settings.get("legacy_behaviour") is True
+        return fairseq_tokenizer(directory, settings, _NLLB_CODE, faults, language_is_last=legacy)
     return _m2m100_tokenizer(directory, settings, faults)
 
 

@@ -25,11 +25,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from export.checkpoint.base import Checkpoint, read_samples
+from export.checkpoint.generation import GenerationSettings, read_generation
 from export.checkpoint.hugging_face import (
     CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
-    generation_faults,
     is_of_type,
     one_of,
     read_json,
@@ -39,7 +38,7 @@ from export.checkpoint.hugging_face import (
     token_text,
 )
 from export.model import Activation, ModelConfig
-from serving.bundle import LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
+from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.errors import CheckpointError
 from serving.tokenizers.marian import MarianTokenizer
 
@@ -51,7 +50,6 @@ TARGET_VOCABULARY_NAME = "target_vocab.json"
 _ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu"}
 # Fields that change a model of a sibling family or an older version, and the values with which it is Marian's.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "add_bias_logits": (False, None),
     "add_final_layer_norm": (False, None),
     "auto_map": (None, {}),
     "do_blenderbot_90_layernorm": (False, None),
@@ -187,7 +185,12 @@ class MarianReader:
             CheckpointError: with every fault. Tensors are looked at only when the architecture is known.
         """
         faults: list[str] = []
-        config = _read_config(directory, faults)
+        document = read_json(directory / CONFIG_NAME, faults)
+        generation = read_generation(directory, document, faults)
+        config = None if document is None else _read_config(document, generation, faults)
+        forced = generation.forced_start(config, faults) if config else None
+        target_prefix = () if forced is None else (forced,)
+        defaults = generation.defaults(config, hidden_tokens=len(target_prefix), faults=faults) if config else DefaultOptions()
         settings = read_json(directory / TOKENIZER_CONFIG_NAME, faults) or {}
         spec = _tokenizer_spec(directory, settings, faults)
         tokenizer_files: dict[str, Path | bytes] = {name: directory / name for name in spec.file_names}
@@ -204,10 +207,14 @@ class MarianReader:
             tensors=tensors,
             languages=[] if language_tokens else _languages(settings),
             language_tokens=language_tokens,
+            target_prefix=target_prefix,
+            defaults=defaults,
+            num_beams=generation.num_beams,
             tokenizer=spec,
             tokenizer_files=tokenizer_files,
             weights_sha256=weights_sha256,
             sample_lines=sample_lines,
+            warnings=generation.warnings,
         )
 
 
@@ -236,27 +243,18 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _read_config(directory: Path, faults: list[str]) -> ModelConfig | None:
+def _read_config(document: Mapping[str, Any], generation: GenerationSettings, faults: list[str]) -> ModelConfig | None:
     """The architecture; None when it cannot be known. All that is unsupported goes to ``faults``."""
-    document = read_json(directory / CONFIG_NAME, faults)
-    # Settings of ``generate`` are in the configuration itself where they have no file of their own.
-    generation_name, generation = GENERATION_CONFIG_NAME, read_json(directory / GENERATION_CONFIG_NAME, faults)
-    if generation is None:
-        generation_name, generation = CONFIG_NAME, document
-    if document is None:
-        return None
     found = setting_faults(document, _ONLY)
     config = None
     try:
-        fields = _MarianConfig.model_validate(document)
+        fields = _MarianConfig.model_validate({**document, **generation.start(has_default=True)})
         unsupported = fields.architecture_faults()
         found += unsupported
         config = None if unsupported else fields.architecture()
     except ValidationError as error:
         found += field_faults(error.errors())
     faults += [f"{CONFIG_NAME}: {fault}" for fault in found]
-    if config is not None:
-        faults += [f"{generation_name}: {fault}" for fault in generation_faults(generation or {}, config)]
     return config
 
 

@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
@@ -209,11 +210,9 @@ def test_a_file_of_its_own_has_all_settings_of_generate(bart: Path) -> None:
     edit_json(bart / "config.json", lambda config: config.update(forced_bos_token_id=0, no_repeat_ngram_size=3))
     (bart / "generation_config.json").write_text("{}")
     assert read_checkpoint(bart).target_prefix == ()
-    (bart / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "suppress_tokens": [5]}')
-    assert faults_of(bart) == (
-        "generation_config.json: no_repeat_ngram_size: 3 is not supported, only None or 0",
-        "generation_config.json: suppress_tokens: [5] is not supported, only None or []",
-    )
+    assert read_checkpoint(bart).defaults.no_repeat_ngram_size == 0
+    (bart / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "begin_suppress_tokens": [5]}')
+    assert faults_of(bart) == ("generation_config.json: begin_suppress_tokens: [5] is not supported, only None or []",)
 
 
 def test_every_unsupported_setting_is_named_at_once(bart: Path) -> None:
@@ -313,21 +312,83 @@ def test_mbart_50_of_many_languages_into_one(mbart: Path) -> None:
 
 def test_the_start_may_be_stated_for_generate_only(mbart: Path) -> None:
     edit_json(mbart / "config.json", lambda config: config.update(decoder_start_token_id=None))
-    (fault,) = faults_of(mbart)
-    assert fault.startswith("config.json: decoder_start_token_id: ")
     (mbart / "generation_config.json").write_text('{"decoder_start_token_id": 2}')
     assert read_checkpoint(mbart).config.decoder_start_id == 2
 
 
+@pytest.mark.parametrize("fields", [{}, {"decoder_start_token_id": None}], ids=str)
+def test_targets_start_with_the_beginning_of_a_sentence_where_nothing_else_is_stated(mbart: Path, fields: dict[str, Any]) -> None:
+    edit_json(mbart / "config.json", lambda config: config.pop("decoder_start_token_id"))
+    edit_json(mbart / "config.json", lambda config: config.update(fields, bos_token_id=0))
+    assert read_checkpoint(mbart).config.decoder_start_id == 0
+    # That of ``generate`` counts, which has one of its own.
+    (mbart / "generation_config.json").write_text('{"bos_token_id": 4}')
+    assert read_checkpoint(mbart).config.decoder_start_id == 4
+    for name in ("config.json", "generation_config.json"):
+        edit_json(mbart / name, lambda document: document.pop("bos_token_id"))
+    (fault,) = faults_of(mbart)
+    assert fault.startswith("config.json: decoder_start_token_id: ")
+
+
+def test_a_bart_starts_as_its_family_does_where_nothing_is_stated(bart: Path) -> None:
+    assert read_checkpoint(bart).config.decoder_start_id == 2
+    edit_json(bart / "config.json", lambda config: config.update(decoder_start_token_id=None, bos_token_id=0))
+    assert read_checkpoint(bart).config.decoder_start_id == 0
+
+
 @pytest.mark.parametrize("name", ["MBartTokenizer", "MBartTokenizerFast", None])
-def test_the_older_mbart_is_refused(mbart: Path, name: str | None) -> None:
-    """It puts a source's language behind its end."""
+def test_the_older_mbart_has_a_sources_language_behind_its_end(mbart: Path, name: str | None) -> None:
     edit_json(mbart / "tokenizer_config.json", lambda settings: settings.update(tokenizer_class=name))
-    file_name = "tokenizer_config.json" if name else "config.json"
-    assert faults_of(mbart) == (
-        f"{file_name}: tokenizer_class: {name or 'MBartTokenizer'!r} is not supported, "
-        "only 'MBart50Tokenizer' or 'MBart50TokenizerFast'",
+    checkpoint = read_checkpoint(mbart)
+    assert checkpoint.language_tokens == LanguageTokens(
+        tokens=LANGUAGES, before_source=None, after_source="source", before_target=True
     )
+    assert checkpoint.languages == []
+
+
+def test_a_language_in_the_place_of_the_start_is_the_only_target(mbart: Path) -> None:
+    edit_json(mbart / "tokenizer_config.json", lambda settings: settings.update(tokenizer_class="MBartTokenizer"))
+    edit_json(mbart / "config.json", lambda config: config.update(decoder_start_token_id=LANGUAGES["ro_RO"]))
+    checkpoint = read_checkpoint(mbart)
+    assert checkpoint.language_tokens is not None
+    assert not checkpoint.language_tokens.before_target
+    assert checkpoint.target_prefix == ()
+    assert checkpoint.config.decoder_start_id == LANGUAGES["ro_RO"]
+    assert [(pair.source, pair.target) for pair in checkpoint.languages] == [("de_DE", "ro_RO"), ("en_XX", "ro_RO")]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "first", "last"),
+    [("MBartTokenizer", 25, "ar_AR", "zh_CN"), ("MBart50Tokenizer", 52, "ar_AR", "sl_SI")],
+)
+def test_mbarts_own_languages_where_no_file_lists_any(mbart: Path, name: str, number: int, first: str, last: str) -> None:
+    (mbart / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    size = TOKENS + number + 1
+    edit_json(mbart / "config.json", lambda config: config.update(vocab_size=size))
+    write_weights(mbart, {**family_tensors(family_config(MBART, size, activation="gelu")), **stored_tables()})
+    told = read_checkpoint(mbart).language_tokens
+    assert told is not None
+    assert len(told.tokens) == number
+    assert told.tokens[first] == TOKENS
+    assert told.tokens[last] == TOKENS + number - 1
+
+
+def test_weights_may_be_stored_without_the_head(bart: Path) -> None:
+    whole = read_checkpoint(bart).tensors
+    tensors = load_file(bart / "model.safetensors")
+    write_weights(bart, {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    headless = read_checkpoint(bart).tensors
+    assert headless.keys() == whole.keys()
+    assert all(torch.equal(headless[name], whole[name]) for name in whole.keys() - {"output.bias"})
+    assert not headless["output.bias"].any()
+
+
+def test_a_model_may_lack_a_special_token_of_its_tokenizer(bart: Path) -> None:
+    size = read_size(bart)
+    edit_json(bart / "vocab.json", lambda vocabulary: vocabulary.pop("<mask>"))
+    edit_json(bart / "vocab.json", lambda vocabulary: vocabulary.update({"<mask>": size}))
+    checkpoint = read_checkpoint(bart)
+    assert size not in ids_of(checkpoint, "a <mask> b")
 
 
 def test_mbart_50_without_its_sentencepiece_model(mbart: Path) -> None:

@@ -170,6 +170,7 @@ def test_added_tokens_of_no_form(nllb: Path) -> None:
         "added_tokens.json: added token 'c' with id -1: is no token with its id",
         "tokenizer_config.json: added token 'a' with id None: is no token with its id",
         "special_tokens_map.json: additional_special_tokens: is no list of tokens",
+        "tokenizer_config.json: no token of a language is listed, nor in any other file",
     )
 
 
@@ -230,9 +231,7 @@ def test_every_unsupported_setting_is_named_at_once(nllb: Path) -> None:
         ),
     )
     (nllb / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
-    (nllb / "tokenizer_config.json").write_text(
-        '{"legacy_behaviour": true, "eos_token": {"content": "[E]"}, "sp_model_kwargs": {"alpha": 1}}'
-    )
+    (nllb / "tokenizer_config.json").write_text('{"eos_token": {"content": "[E]"}, "sp_model_kwargs": {"alpha": 1}}')
     assert faults_of(nllb) == (
         "config.json: pruned_heads: {'0': [1]} is not supported, only None or {}",
         "config.json: activation_function: 'tanh' is not supported, only 'relu' or 'gelu' or 'silu' or 'swish'",
@@ -240,8 +239,16 @@ def test_every_unsupported_setting_is_named_at_once(nllb: Path) -> None:
         "config.json: decoder_start_token_id: 1 is padding, which has no position",
         "tokenizer_config.json: eos_token: '[E]' is not supported, only '</s>'",
         "tokenizer_config.json: sp_model_kwargs: {'alpha': 1} is not supported, only None or {}",
-        "tokenizer_config.json: legacy_behaviour: True is not supported, only False or None",
     )
+
+
+@pytest.mark.parametrize("is_legacy", [True, False, None], ids=str)
+def test_nllbs_sources_may_end_with_their_language(nllb: Path, is_legacy: bool | None) -> None:
+    edit_json(nllb / "tokenizer_config.json", lambda settings: settings.update(legacy_behaviour=is_legacy))
+    told = read_checkpoint(nllb).language_tokens
+    assert told is not None
+    assert told.before_target
+    assert (told.before_source, told.after_source) == ((None, "source") if is_legacy else ("source", None))
 
 
 def test_fields_that_change_nothing_are_ignored(directory: Path) -> None:

@@ -17,7 +17,7 @@ from export.checkpoint.marian import tensor_names
 from export.model import ModelConfig
 from export.pipeline import export_bundle
 from export.samples import draw_samples
-from serving.bundle import LanguagePair, LanguageTokens, MarianTokenizerSpec
+from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, describe
 from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer
 from tests.support import SAMPLE_LINES, tiny_config, tiny_model, tiny_sentencepiece
@@ -154,8 +154,8 @@ def test_exported_and_its_tokenizer_loaded(directory: Path, tmp_path: Path) -> N
 
 def test_samples_are_tokenized_by_its_own_tokenizer(directory: Path) -> None:
     (directory / "samples.txt").write_text("a man")
-    (source,) = draw_samples(read_checkpoint(directory), calibrate=False).certify
-    pieces = [piece for piece, i in VOCABULARY.items() for j in source if i == j]
+    (sample,) = draw_samples(read_checkpoint(directory), calibrate=False).certify
+    pieces = [piece for piece, i in VOCABULARY.items() for j in sample.source_ids if i == j]
     assert sorted("".join(pieces).replace("</s>", "")) == sorted("▁a▁man")
 
 
@@ -319,7 +319,6 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
             normalize_before=True,
             normalize_embedding=True,
             static_position_embeddings=False,
-            add_bias_logits=True,
             activation_function="tanh",
             decoder_attention_heads=4,
             quantization_config={"bits": 8},
@@ -328,7 +327,6 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
     )
     (directory / "generation_config.json").write_text('{"num_beams": 6}')
     assert faults_of(directory) == (
-        "config.json: add_bias_logits: True is not supported, only False or None",
         "config.json: normalize_before: True is not supported, only False or None",
         "config.json: normalize_embedding: True is not supported, only False or None",
         "config.json: quantization_config: {'bits': 8} is not supported, only None or {}",
@@ -340,31 +338,50 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
 
 def test_settings_of_generate_that_a_bundle_has_no_place_for(directory: Path) -> None:
     settings = {
-        "bad_words_ids": [[PAD_ID], [5, 6]],
-        "forced_bos_token_id": 7,
+        "bad_words_ids": [[PAD_ID], [5, 10**6]],
+        "forced_bos_token_id": 0,
         "forced_eos_token_id": 8,
-        "no_repeat_ngram_size": 3,
+        "no_repeat_ngram_size": -3,
         "eos_token_id": [0, 5],
-        "num_beams": 6,
-        "length_penalty": 0.7,
-        "early_stopping": True,
-        "renormalize_logits": True,
+        "encoder_no_repeat_ngram_size": 3,
     }
     (directory / "generation_config.json").write_text(json.dumps(settings))
     assert faults_of(directory) == (
-        "generation_config.json: forced_bos_token_id: 7 is not supported, only None",
-        "generation_config.json: no_repeat_ngram_size: 3 is not supported, only None or 0",
-        f"generation_config.json: bad_words_ids: [[{PAD_ID}], [5, 6]] is not supported, "
-        f"only tokens that are never decoded: [[{PAD_ID}]]",
+        "generation_config.json: forced_bos_token_id: 0 cannot start a target",
+        "generation_config.json: encoder_no_repeat_ngram_size: 3 is not supported, only None or 0",
         "generation_config.json: forced_eos_token_id: 8 is not supported, only None or 0 or [0]",
         "generation_config.json: eos_token_id: [0, 5] is not supported, only None or 0 or [0]",
+        f"generation_config.json: bad_words_ids: [[{PAD_ID}], [5, 1000000]]: is no list of tokens of the vocabulary",
+        "generation_config.json: no_repeat_ngram_size: Input should be greater than or equal to 0",
     )
+
+
+def test_settings_of_generate_are_the_bundles_defaults(directory: Path, tmp_path: Path) -> None:
+    settings = {
+        "bad_words_ids": [[PAD_ID], [5, 6]],
+        "forced_bos_token_id": 7,
+        "forced_eos_token_id": 0,
+        "max_length": 18,
+        "no_repeat_ngram_size": 3,
+        "num_beams": 6,
+        "renormalize_logits": True,
+    }
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
+    manifest = export_bundle(directory, tmp_path / "bundle", show_progress=False).manifest
+    assert manifest.defaults == DefaultOptions(
+        max_target_tokens=16, no_repeat_ngram_size=3, suppressed=[[5, 6]], ends_when_cut=True
+    )
+    assert manifest.target_prefix == [7]
+    assert manifest.provenance.num_beams == 6
+    assert "made for 6 beams" in describe(manifest)
+    assert "no_repeat_ngram_size 3" in describe(manifest)
 
 
 def test_settings_of_generate_are_in_the_configuration_where_they_have_no_file(directory: Path) -> None:
     edit_json(directory / "config.json", lambda config: config.update(bad_words_ids=5))
     (fault,) = faults_of(directory)
-    assert fault.startswith("config.json: bad_words_ids: 5 is not supported")
+    assert fault == "config.json: bad_words_ids: 5: is no list of tokens of the vocabulary"
 
 
 def test_fields_that_change_nothing_are_ignored(directory: Path) -> None:
