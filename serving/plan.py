@@ -166,6 +166,8 @@ def _expansion(options: DecodingOptions) -> DecodingOptions:
         return_scores=True,
         return_token_scores=False,
         early_stopping=False,
+        # It is no hypothesis, and not cut.
+        ends_when_cut=False,
         sampling=None,
     )
 

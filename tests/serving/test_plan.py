@@ -109,3 +109,10 @@ def test_draws_differ_in_their_number_alone_and_the_best_is_first() -> None:
     assert [hypothesis.target_ids for hypothesis in outcome.hypotheses] == [(1,), (0,), (2,)]
     assert {hypothesis.score for hypothesis in outcome.hypotheses} == {None}
     assert outcome.timings == SequenceTimings(queue_s=1.0, encode_s=2.0, decode_s=3.0, steps=4, mean_rows_per_step=7.0)
+
+
+def test_alternatives_of_a_model_that_ends_what_is_cut_are_tokens_all_the_same() -> None:
+    options = DecodingOptions(num_hypotheses=3, max_target_tokens=3, ends_when_cut=True)
+    hypotheses = _run(make_plan(options, Alternatives())).hypotheses
+    assert len({hypothesis.target_ids[0] for hypothesis in hypotheses}) == 3
+    assert all(hypothesis.target_tokens <= 3 and EOS_ID not in hypothesis.target_ids for hypothesis in hypotheses)
