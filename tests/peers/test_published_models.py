@@ -29,7 +29,7 @@ from serving.observer import NullObserver
 from serving.preparation import RequestOptions
 from serving.request import FinishReason, Hypothesis, Outcome
 from tests.peers import test_hugging_face_families as families
-from tests.published_models import PUBLISHED
+from tests.published_models import PUBLISHED, PublishedModel
 from tests.support import SAMPLE_LINES, TINY_LINES
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed; make test-peers does it")
@@ -97,6 +97,25 @@ class Build:
     eagerness: float = 5.0
 
 
+# What makers of children of such models choose now and then, all of it.
+TUNED: Mapping[str, Any] = {
+    "bad_words_ids": [[20, 21], [22], [23, 24, 25]],
+    "length_penalty": 0.0,
+    "max_new_tokens": 30,
+    "min_new_tokens": 4,
+    "no_repeat_ngram_size": 2,
+    "repetition_penalty": 1.3,
+    "suppress_tokens": [*range(30, 60)],
+}
+PLAIN = PUBLISHED["nllb-200-distilled-600M"], PUBLISHED["bart-large-cnn"]
+MODELS = {
+    **PUBLISHED,
+    "an NLLB, tuned": PublishedModel(config=PLAIN[0].config, generation={**(PLAIN[0].generation or {}), **TUNED}),
+    "a BART, tuned": PublishedModel(
+        config=PLAIN[1].config,
+        generation={**(PLAIN[1].generation or {}), **TUNED, "early_stopping": True, "min_length": 0},
+    ),
+}
 M2M100_PAIRS, NLLB_PAIRS, MBART_PAIRS = (("en", "de"), ("de", "fr"), ("zu", "af")), families.NLLB_PAIRS, families.MBART_PAIRS
 INTO_ENGLISH = (("de_DE", "en_XX"), ("fr_XX", "en_XX"))
 BUILDS = {
@@ -113,6 +132,8 @@ BUILDS = {
     "bart-large-cnn": Build(bart_without_mask, "Bart", eagerness=8.0),
     "bart-base": Build(families.bart_json, "Bart", is_headless=True, is_endless=True, eagerness=6.0),
     "distilbart-cnn-12-6, 2020": Build(bart_without_mask, "Bart", then={"forced_bos_token_id": 0}, eagerness=8.0),
+    "an NLLB, tuned": Build(families.nllb, "M2M100", NLLB_PAIRS, forces_language=True, eagerness=7.0),
+    "a BART, tuned": Build(bart_without_mask, "Bart", eagerness=7.0),
     "pegasus-xsum": Build(families.pegasus, "Pegasus", eagerness=9.0),
     "pegasus-cnn_dailymail": Build(families.pegasus, "Pegasus", eagerness=8.0),
 }
@@ -177,7 +198,7 @@ def random_model(build: Build, config: Mapping[str, Any]) -> Any:
 
 def write_checkpoint(name: str, directory: Path) -> None:
     """The directory of a published model, made small."""
-    published, build = PUBLISHED[name], BUILDS[name]
+    published, build = MODELS[name], BUILDS[name]
     size = build.tokenizer(directory)
     settings = json.loads(path.read_text()) if (path := directory / "tokenizer_config.json").exists() else {}
     if build.tokenizer is marian:
@@ -221,7 +242,7 @@ class Peers:
         return BUILDS[self.name]
 
 
-@pytest.fixture(scope="module", params=PUBLISHED)
+@pytest.fixture(scope="module", params=MODELS)
 def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     work = tmp_path_factory.mktemp("published")
     directory = work / "checkpoint"
