@@ -6,12 +6,11 @@ contents mean.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from export.checkpoint.stand_ins import COMMON_CLASSES, is_empty, plain_settings, stand_ins
 
 # Weights hardly compress. An archive that unpacks to many times its size is no model, and could fill the memory.
 _MOST_UNPACKED = 20
@@ -50,25 +51,29 @@ def read_npz(path: Path, faults: list[str]) -> dict[str, NDArray[Any]]:
     return {}
 
 
-def read_pickle(path: Path, conversion: str, faults: list[str]) -> dict[str, Any]:
+def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: list[str]) -> dict[str, Any]:
     """What ``torch.save`` wrote of a dict; empty after a fault, which goes to ``faults``.
 
-    Read with ``weights_only``, which runs no code: beside tensors and plain values only ``argparse.Namespace`` is made, which
-    holds values and does nothing.
+    Read with ``weights_only``, which runs no code: beside tensors and plain values only stand-ins are made (``stand_ins.py``).
+    Tensors stay in the file until they are looked at, where its form allows that.
 
     Args:
         path: the file.
+        classes: of what there may be objects in it, beside those that any tool may leave there.
         conversion: what to do, where the origin's library is installed, with a file that needs other classes.
         faults: of the whole checkpoint so far.
     """
     try:
+        is_mapped = False
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if found := _unpacked_faults(path, archive):
                     faults += [f"{path.name}: {fault}" for fault in found]
                     return {}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            document: Any = torch.load(path, map_location="cpu", weights_only=True)
+                # torch does not; one that another tool packed again may be.
+                is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        with stand_ins((*COMMON_CLASSES, *classes)):
+            document: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     # A broken or hostile pickle makes torch raise nearly anything.
     except Exception as error:
         faults.append(f"{path.name}: {_load_fault(error, conversion)}")
@@ -82,7 +87,7 @@ def read_pickle(path: Path, conversion: str, faults: list[str]) -> dict[str, Any
 def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: list[str]) -> dict[str, Tensor]:
     """The tensors that a document of ``read_pickle`` has under ``field``; none after a fault, which goes to ``faults``."""
     called = f"{file_name}: {field}"
-    if document.get(field) == {}:
+    if is_empty(document.get(field)):
         faults.append(f"{called}: is no state dict")
         return {}
     return state_dict(document.get(field), called, faults)
@@ -119,11 +124,16 @@ def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def fields_of(document: Any) -> dict[str, Any] | None:
-    """Settings that may be a dict or an ``argparse.Namespace``; None when they are neither."""
-    if isinstance(document, argparse.Namespace):
-        return vars(document)
-    return document if isinstance(document, dict) else None
+def settings_of(stored: Any, called: str, faults: list[str]) -> dict[str, Any] | None:
+    """Settings of a document of ``read_pickle``, as plain values; None after a fault, which goes to ``faults``."""
+    try:
+        settings = plain_settings(stored)
+    except ValueError as error:
+        faults.append(f"{called}: {error}")
+        return None
+    if settings is None:
+        faults.append(f"{called}: holds no settings")
+    return settings
 
 
 def _unpacked_faults(path: Path, archive: zipfile.ZipFile) -> list[str]:

@@ -4,9 +4,9 @@ A directory with the checkpoint (``checkpoint_best.pt`` or another ``.pt``) and 
 ``.pt`` with these beside it; a SentencePiece model or byte-pair codes, where they lie there too, cut the text. Knows these files
 and the names of tensors, old ones too; does not know settings (``fairseq_config.py``) or what a checkpoint becomes.
 
-**Settings** are the command line's, an ``argparse.Namespace`` under ``args`` or in ``cfg``; or ``cfg`` itself, of plain values.
-Files with OmegaConf's own classes are refused, and told how to be written anew. Settings that make the architecture are read with
-fairseq's defaults; what would make one that this project's module has no place for is refused, all at once.
+**Settings** are the command line's, under ``args``, or those of ``cfg``; an ``argparse.Namespace``, OmegaConf's containers or
+plain values, none of which is loaded as what it is (``stand_ins.py``). Those that make the architecture are read with fairseq's
+defaults; what would make one that this project's module has no place for is refused, all at once.
 
 **What fairseq does its own way** (fairseq/modules, fairseq/data/dictionary.py): a dictionary's file starts at token 4, after
 ``<s>``, ``<pad>``, ``</s>`` and ``<unk>``; a target starts with ``</s>``; positions count from 2, and computed ones are sines,
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from export.checkpoint.archives import file_sha256, read_pickle, weights_of
 from export.checkpoint.base import Checkpoint, read_samples
-from export.checkpoint.fairseq_config import PAD_ID, FairseqConfig, moses_of, read_arguments, read_settings
+from export.checkpoint.fairseq_config import CLASSES, PAD_ID, FairseqConfig, moses_of, read_arguments, read_settings
 from export.checkpoint.hugging_face import rename
 from export.checkpoint.vocabulary import Vocabularies, choose_tokenizer
 from export.model import ModelConfig
@@ -85,7 +85,7 @@ class FairseqReader:
                 path, [f"one checkpoint is needed, and there are several: {names}; an ensemble is not supported"]
             )
         model_path = models[0]
-        document = read_pickle(model_path, _CONVERSION, faults)
+        document = read_pickle(model_path, CLASSES, _CONVERSION, faults)
         arguments = read_arguments(document, model_path.name, faults) if document else None
         settings = read_settings(arguments, model_path.name, faults) if arguments is not None else None
         state = weights_of(document, "model", model_path.name, faults) if document else {}

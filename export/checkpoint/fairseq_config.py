@@ -11,12 +11,21 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from export.checkpoint.archives import fields_of
+from export.checkpoint.archives import settings_of
 from export.checkpoint.hugging_face import setting_faults
+from export.checkpoint.stand_ins import OMEGACONF_CLASSES
 from export.model import Activation, ModelConfig
 from serving.bundle import MosesSpec, field_faults
 
 PAD_ID, EOS_ID = 1, 2
+# Classes of which a checkpoint may hold objects. fairseq's own dataclasses of settings are not among them: they hold enumerations
+# that cannot be pickled, so that it stores them as plain values.
+CLASSES = (
+    *OMEGACONF_CLASSES,
+    *(f"fairseq.{module}.{name}Meter" for module in ("meters", "logging.meters") for name in ("Average", "Stopwatch", "Time")),
+    "fairseq.logging.meters.SumMeter",
+    "fairseq.data.dictionary.Dictionary",
+)
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu"}
 _OFF = (None, False, 0)
 # Settings that would make another architecture, and the values with which they do not.
@@ -141,16 +150,18 @@ class FairseqConfig(BaseModel):
 
 def read_arguments(document: Mapping[str, Any], file_name: str, faults: list[str]) -> dict[str, Any] | None:
     """The settings of task and model by their names on the command line; None after a fault."""
-    if arguments := fields_of(document.get("args")):
-        return arguments
-    parts = fields_of(document.get("cfg")) or {}
-    model = fields_of(parts.get("model"))
-    if model is None:
+    # Whichever there is not is None.
+    stated = [name for name in ("args", "cfg") if document.get(name) is not None]
+    settings = settings_of(document[stated[0]], f"{file_name}: {stated[0]}", faults) if stated else {}
+    if settings is None or (settings and stated[0] == "args"):
+        return settings
+    model, task = settings.get("model"), settings.get("task")
+    if not isinstance(model, dict):
         faults.append(f"{file_name}: has no settings under args, nor under cfg: model")
         return None
-    task = fields_of(parts.get("task")) or {}
+    task = task if isinstance(task, dict) else {}
     # The model's count where both state one.
-    arguments = {**task, **model, "tokenizer": parts.get("tokenizer")}
+    arguments = {**task, **model, "tokenizer": settings.get("tokenizer")}
     for side in ("encoder", "decoder"):
         # Newer ones are parted by side.
         if isinstance(own := arguments.get(side), dict):

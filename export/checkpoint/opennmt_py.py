@@ -1,11 +1,11 @@
-"""OpenNMT-py's translation models, of version 3: one ``.pt`` with tensors, settings and vocabularies.
+"""OpenNMT-py's translation models: one ``.pt`` with tensors, settings and vocabularies, of versions 0 to 3.
 
 The ``.pt``, or a directory with one; a SentencePiece model or byte-pair codes, where they lie beside it, cut the text. Knows the
-file's layout, the settings of OpenNMT-py's ``transformer`` and the names of its tensors; does not know what a checkpoint becomes.
+file's layout, the settings of OpenNMT-py's ``transformer`` and the names of its tensors; does not know vocabularies
+(``opennmt_py_vocabulary.py``) or what a checkpoint becomes.
 
 **Settings** are the command line's, an ``argparse.Namespace``; those that make the architecture are read with OpenNMT-py's
-defaults. What would make one that this project's module has no place for is refused, all at once. Up to version 2 the
-vocabularies are torchtext's objects, which are not loaded; the file has to be written anew.
+defaults. What would make one that this project's module has no place for is refused, all at once.
 
 **What OpenNMT-py does its own way** (onmt/encoders, onmt/decoders, onmt/inputters/text_utils.py): norms come before sub-layers
 and add 1e-6; a source has no end-of-sentence token; a target starts with ``<s>``; padding is ``<blank>``; positions are a table
@@ -22,10 +22,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from export.checkpoint.archives import fields_of, file_sha256, read_pickle, weights_of
+from export.checkpoint.archives import file_sha256, read_pickle, settings_of, weights_of
 from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.hugging_face import rename, setting_faults
-from export.checkpoint.vocabulary import END_TOKEN, UNKNOWN_TOKEN, Vocabularies, choose_tokenizer
+from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
+from export.checkpoint.vocabulary import END_TOKEN, Vocabularies, choose_tokenizer
 from export.model import Activation, ModelConfig, sinusoidal_table
 from serving.bundle import field_faults
 from serving.errors import CheckpointError
@@ -36,7 +37,6 @@ _CONVERSION = (
     '("src", "tgt")}; torch.save({"model": state["model"], "generator": state["generator"], "opt": state["opt"], '
     '"vocab": vocab}, NEW_FILE)'
 )
-_PADDING_TOKEN, _START_TOKEN = "<blank>", "<s>"
 # A file's table has 5000 positions; this is far beyond a sentence.
 _MAX_POSITIONS = 1024
 
@@ -107,7 +107,7 @@ class _OpenNmtConfig(BaseModel):
 class OpenNmtPyReader:
     """Reads this format; see ``CheckpointReader``."""
 
-    description = "OpenNMT-py (a .pt of version 3, or a directory with one)"
+    description = "OpenNMT-py (a .pt, or a directory with one)"
 
     def recognizes(self, path: Path) -> bool:
         """Whether it is a ``.pt`` or a directory with one; dictionaries beside it, as fairseq has them, are looked for before."""
@@ -126,14 +126,14 @@ class OpenNmtPyReader:
             names = ", ".join(model.name for model in models)
             raise CheckpointError(path, [f"one model is needed, and there are several: {names}; an ensemble is not supported"])
         model_path = models[0]
-        document = read_pickle(model_path, _CONVERSION, faults)
+        document = read_pickle(model_path, CLASSES, _CONVERSION, faults)
         if not document:
             raise CheckpointError(path, faults)
         if missing := [name for name in ("model", "generator", "vocab", "opt") if name not in document]:
             raise CheckpointError(path, [f"{model_path.name}: has no {', '.join(missing)}, so it is no model of OpenNMT-py's"])
         state = _state(document, model_path.name, faults)
         settings = _settings(document["opt"], state, model_path.name, faults)
-        vocabularies, start = _read_vocabularies(document["vocab"], model_path.name, faults)
+        vocabularies, start = read_vocabularies(document["vocab"], model_path.name, faults)
         sample_lines = read_samples(directory, faults)
         if settings is None or vocabularies is None or not state:
             raise CheckpointError(path, faults)
@@ -202,9 +202,8 @@ def _state(document: Mapping[str, Any], file_name: str, faults: list[str]) -> di
 
 def _settings(stored: Any, state: Mapping[str, Tensor], file_name: str, faults: list[str]) -> _OpenNmtConfig | None:
     """The settings; None after a fault."""
-    options = fields_of(stored)
+    options = settings_of(stored, f"{file_name}: opt", faults)
     if options is None:
-        faults.append(f"{file_name}: opt: holds no settings")
         return None
     found = setting_faults({"position_encoding": False, "encoder_type": None, "decoder_type": None, **options}, _ONLY)
     settings = None
@@ -252,40 +251,10 @@ def _architecture(settings: _OpenNmtConfig, vocabularies: Vocabularies, start: s
         share_embeddings=settings.share_embeddings,
         tie_output=settings.share_decoder_embeddings,
         layer_norm_eps=settings.norm_eps,
-        pad_id=target.get(_PADDING_TOKEN, target[END_TOKEN]),
+        pad_id=target.get(PADDING_TOKEN, target[END_TOKEN]),
         eos_id=target[END_TOKEN],
         decoder_start_id=target[start],
     )
-
-
-def _read_vocabularies(stored: Any, file_name: str, faults: list[str]) -> tuple[Vocabularies | None, str]:
-    """Vocabularies and the token that a target starts with; None after a fault."""
-    called = f"{file_name}: vocab"
-    lists: list[Any] = [stored.get(side) for side in ("src", "tgt")] if isinstance(stored, dict) else []
-    if not lists or not all(isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) for tokens in lists):
-        faults.append(f"{called}: has no lists of tokens under src and tgt; those of version 2 and before are not supported")
-        return None, ""
-    found = []
-    if stored.get("src_feats"):
-        found.append("src_feats: source features are not supported")
-    found += [
-        f"{name}: {value!r} is not supported" for name in ("data_task",) if (value := stored.get(name, "seq2seq")) != "seq2seq"
-    ]
-    source, target = ({token: i for i, token in enumerate(tokens)} for tokens in lists)
-    start = stored.get("decoder_start_token", _START_TOKEN)
-    for side, ids, tokens, needed in (
-        ("src", source, lists[0], (UNKNOWN_TOKEN,)),
-        ("tgt", target, lists[1], (UNKNOWN_TOKEN, END_TOKEN, start)),
-    ):
-        found += [f"{side}: has no {token!r}" for token in needed if not isinstance(token, str) or token not in ids]
-        found += [f"{side}: a token is there twice"] if len(ids) < len(tokens) else []
-    ids_in_both = [target[token] for token in (END_TOKEN, _PADDING_TOKEN) if token in target]
-    found += [f"src: {len(source)} tokens are too few beside token {i} of tgt" for i in ids_in_both if i >= len(source)]
-    if found:
-        faults += [f"{called}: {fault}" for fault in found]
-        return None, ""
-    special_tokens = tuple(dict.fromkeys((_PADDING_TOKEN, _START_TOKEN, END_TOKEN, UNKNOWN_TOKEN, start)))
-    return Vocabularies(source=source, target=target, special_tokens=special_tokens), start
 
 
 def _tensors(

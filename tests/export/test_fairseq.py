@@ -4,6 +4,7 @@ import argparse
 import fractions
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
 from tests.support import SAMPLE_LINES, tiny_sentencepiece
+from tests.tool_classes import ToolClasses
 from tests.vocabularies import marian_vocabulary
 
 PIECES = [piece for piece in marian_vocabulary(tiny_sentencepiece()) if piece not in ("</s>", "<unk>", "<pad>")]
@@ -152,6 +154,45 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
 def test_settings_of_newer_versions(directory: Path, model: Any) -> None:
     task = {"_name": "translation", "source_lang": "en", "target_lang": "de"}
     document = {"args": None, "cfg": {"_name": None, "model": model, "task": task}, "model": state_of(SETTINGS)}
+    torch.save(document, directory / "checkpoint_best.pt")
+    assert_computes(read_checkpoint(directory), SETTINGS)
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+def test_settings_of_omegaconf(directory: Path, monkeypatch: pytest.MonkeyPatch, as_zip: bool) -> None:
+    """What names another value included, and settings of the command line within."""
+    classes = ToolClasses(monkeypatch)
+    for model in (nested(SETTINGS), SETTINGS):
+        stated = {**model, "max_source_positions": "${task.max_source_positions}", "quant": {"pq": "???"}}
+        task = {
+            "_name": "translation",
+            "source_lang": "en",
+            "target_lang": "${task.other}",
+            "other": "de",
+            "max_source_positions": 64,
+        }
+        config = classes.config({"_name": None, "model": stated, "task": task, "optimizer": {"lr": [0.25]}})
+        if model is SETTINGS:
+            config._content["model"] = argparse.Namespace(**SETTINGS)
+        document = {"args": None, "cfg": config, "model": state_of(SETTINGS)}
+        torch.save(document, directory / "checkpoint_best.pt", _use_new_zipfile_serialization=as_zip)
+        checkpoint = read_checkpoint(directory)
+        assert checkpoint.languages == [LanguagePair(source="en", target="de")]
+        assert checkpoint.config.max_positions == 64
+        assert_computes(checkpoint, SETTINGS)
+
+
+def test_what_training_leaves_in_a_checkpoint(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters of old and new versions, numbers of NumPy's, dictionaries."""
+    classes = ToolClasses(monkeypatch)
+    extra = {
+        "train_meters": OrderedDict(train_loss=classes.make("fairseq.meters.AverageMeter", val=1.5, avg=2.0, sum=3, count=4)),
+        "wall": classes.make("fairseq.logging.meters.StopwatchMeter", round=None, sum=0.5, n=1, start_time=None),
+        "val_loss": np.float64(4.5),
+        "best": np.arange(3.0),
+        "dictionary": classes.make("fairseq.data.dictionary.Dictionary", symbols=["a"], indices={"a": 0}),
+    }
+    document = {"args": argparse.Namespace(**SETTINGS, seed=np.int64(1)), "model": state_of(SETTINGS), "extra_state": extra}
     torch.save(document, directory / "checkpoint_best.pt")
     assert_computes(read_checkpoint(directory), SETTINGS)
 
@@ -339,11 +380,14 @@ def test_code_in_a_pickle_is_not_run(directory: Path, tmp_path: Path, as_zip: bo
 
 
 def test_other_classes_are_refused_and_told_how_to_be_left_out(directory: Path) -> None:
-    """As OmegaConf's, which are not installed here."""
     torch.save({"args": None, "cfg": fractions.Fraction(1, 2), "model": {}}, directory / "checkpoint_best.pt")
     (fault,) = faults_of(directory)
     assert fault.startswith("checkpoint_best.pt: needs fractions.Fraction, which is not loaded")
     assert "omegaconf.OmegaConf.to_container" in fault
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +401,15 @@ def test_other_classes_are_refused_and_told_how_to_be_left_out(directory: Path) 
                 "checkpoint_best.pt: model: is no state dict",
             ),
         ),
+        (
+            {"args": None, "cfg": argparse.Namespace(model=5), "model": {"a": torch.zeros(1)}},
+            ("checkpoint_best.pt: has no settings under args, nor under cfg: model",),
+        ),
+        ({"args": 5, "model": {"a": torch.zeros(1)}}, ("checkpoint_best.pt: args: holds no settings",)),
+        (
+            {"args": argparse.Namespace(a=ENDLESS), "model": {"a": torch.zeros(1)}},
+            ("checkpoint_best.pt: args: holds settings of more than 100000 values, or nested in each other",),
+        ),
         ({"args": SETTINGS, "model": {"a": 1}}, ("checkpoint_best.pt: model: a: is no dense tensor",)),
         ({"args": SETTINGS, "model": {1: torch.zeros(1)}}, ("checkpoint_best.pt: model: is no state dict",)),
         (
@@ -364,7 +417,7 @@ def test_other_classes_are_refused_and_told_how_to_be_left_out(directory: Path) 
             ("checkpoint_best.pt: model: a: has shape [1048576, 1048576], and fewer values than that are stored",),
         ),
     ],
-    ids=["list", "empty", "numbers", "names", "absurd"],
+    ids=["list", "empty", "no model", "no settings", "endless", "numbers", "names", "absurd"],
 )
 def test_a_pickle_of_something_else(directory: Path, document: Any, faults: tuple[str, ...]) -> None:
     torch.save(document, directory / "checkpoint_best.pt")

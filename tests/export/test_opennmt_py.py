@@ -4,6 +4,7 @@ import argparse
 import fractions
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
 from tests.support import SAMPLE_LINES, tiny_sentencepiece
+from tests.tool_classes import ToolClasses
 from tests.vocabularies import marian_vocabulary
 
 PIECES = [
@@ -54,6 +56,11 @@ def write(directory: Path, change: Callable[[dict[str, Any]], object] | None = N
     if change is not None:
         change(document)
     torch.save(document, directory / "model.pt")
+
+
+@pytest.fixture
+def classes(monkeypatch: pytest.MonkeyPatch) -> ToolClasses:
+    return ToolClasses(monkeypatch)
 
 
 def faults_of(path: Path) -> tuple[str, ...]:
@@ -200,18 +207,22 @@ def test_settings_that_contradict_each_other_or_are_none(directory: Path, settin
 @pytest.mark.parametrize(
     ("vocab", "fault"),
     [
-        ([("src", 1)], "has no lists of tokens under src and tgt"),
-        ({"src": PIECES}, "has no lists of tokens under src and tgt"),
-        ({"src": PIECES, "tgt": [1, 2]}, "has no lists of tokens under src and tgt"),
+        ([("src", 1)], "src: has no list of tokens, nor an object of torchtext with one"),
+        ([("src", PIECES), 5], "tgt: has no list of tokens"),
+        ({"src": PIECES}, "tgt: has no list of tokens"),
+        ({"src": PIECES, "tgt": [1, 2]}, "tgt: has no list of tokens"),
+        ({"src": PIECES, "tgt": {}}, "tgt: has no list of tokens"),
         ({"src": PIECES, "tgt": PIECES, "src_feats": [["a"]]}, "src_feats: source features are not supported"),
-        ({"src": PIECES, "tgt": PIECES, "data_task": "lm"}, "data_task: 'lm' is not supported"),
+        ({"src": PIECES, "tgt": PIECES, "src_feats": torch.ones(2)}, "src_feats: source features are not supported"),
+        ({"src": PIECES, "tgt": PIECES, "data_task": "lm"}, "data_task: is not supported, only 'seq2seq'"),
         ({"src": PIECES[1:], "tgt": PIECES}, "src: has no '<unk>'"),
         ({"src": PIECES, "tgt": ["x", *PIECES[1:3], "y", *PIECES[4:]]}, "tgt: has no '</s>'"),
-        ({"src": PIECES, "tgt": PIECES, "decoder_start_token": ["a"]}, "tgt: has no ['a']"),
+        ({"src": PIECES, "tgt": PIECES, "decoder_start_token": ["a"]}, "decoder_start_token: is no text"),
+        ({"src": PIECES, "tgt": PIECES, "decoder_start_token": "<a>"}, "tgt: has no '<a>'"),
         ({"src": [*PIECES[:-1], "<s>"], "tgt": PIECES}, "src: a token is there twice"),
         ({"src": ["<unk>"], "tgt": PIECES}, "src: 1 tokens are too few beside token 3 of tgt"),
     ],
-    ids=["tuples", "one", "numbers", "features", "task", "no unknown", "no end", "start", "twice", "few"],
+    ids=ascii,
 )
 def test_vocabularies_that_are_none(directory: Path, vocab: Any, fault: str) -> None:
     write(directory, lambda document: document.update(vocab=vocab))
@@ -275,7 +286,84 @@ def test_code_in_a_pickle_is_not_run(directory: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_objects_of_version_2_are_refused_and_told_how_to_be_left_out(directory: Path) -> None:
+def fields(classes: ToolClasses, side: str, pieces: list[str], **attributes: Any) -> Any:
+    marks = {} if side == "src" else {"init_token": "<s>", "eos_token": "</s>"}
+    return classes.field(classes.vocab(pieces), **{**marks, **attributes})
+
+
+def version_2(classes: ToolClasses, source: list[str], target: list[str]) -> Any:
+    def unused(data: Any, vocab: Any) -> Any:
+        raise AssertionError("nothing of a pickle is called")
+
+    make_src = classes.named("onmt.inputters.inputter.make_src", unused)
+    return {
+        "src": classes.multi_field("src", fields(classes, "src", source)),
+        "tgt": classes.multi_field("tgt", fields(classes, "tgt", target)),
+        "indices": classes.make("torchtext.data.field.Field", use_vocab=False, dtype=torch.int64),
+        "src_map": classes.make("torchtext.data.field.Field", postprocessing=make_src),
+        "src_ex_vocab": classes.make("torchtext.data.field.RawField", preprocessing=None, postprocessing=None, is_target=False),
+    }
+
+
+def version_0_7(classes: ToolClasses, source: list[str], target: list[str]) -> Any:
+    return {"src": [("src", fields(classes, "src", source))], "tgt": [("tgt", fields(classes, "tgt", target))]}
+
+
+def version_0_6(classes: ToolClasses, source: list[str], target: list[str]) -> Any:
+    """torchtext before 0.4 kept the function of a dict with a default, which it made of ``stoi`` again."""
+    stoi = defaultdict(classes.named("torchtext.vocab._default_unk_index", lambda: 0), {"a": 1})
+    return [("src", classes.vocab(source, stoi=stoi)), ("tgt", classes.vocab(target)), ("indices", classes.vocab(["0"]))]
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("vocab_of", [version_2, version_0_7, version_0_6])
+def test_vocabularies_of_older_versions(directory: Path, classes: ToolClasses, vocab_of: Any, as_zip: bool) -> None:
+    now = read_checkpoint(directory)
+    document = {**document_of(SETTINGS), "vocab": vocab_of(classes, PIECES, PIECES), "optim": None}
+    torch.save(document, directory / "model.pt", _use_new_zipfile_serialization=as_zip)
+    before = read_checkpoint(directory)
+    assert (before.config, before.tokenizer, before.tokenizer_files) == (now.config, now.tokenizer, now.tokenizer_files)
+    assert_computes(before, SETTINGS)
+
+
+def test_a_source_vocabulary_without_start_and_end(directory: Path, classes: ToolClasses) -> None:
+    """As those of versions 1 and 2 are where the sides do not share one."""
+    source = ["<unk>", "<blank>", *PIECES[4:], "a-word", "another-word"]
+    write(directory, lambda document: document.update(vocab=version_2(classes, source, PIECES)))
+    checkpoint = read_checkpoint(directory)
+    assert_computes(checkpoint, SETTINGS)
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert tokenizer.encode("a man") == [i - 2 for i in open_tokenizer_of_both(directory).encode("a man")]
+    assert tokenizer.decode([*[PIECES.index(source[i]) for i in tokenizer.encode("a man")], 3]) == "a man"
+
+
+def open_tokenizer_of_both(directory: Path) -> Any:
+    write(directory)
+    checkpoint = read_checkpoint(directory)
+    return open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+
+
+@pytest.mark.parametrize(
+    ("side", "stored", "fault"),
+    [
+        ("src", lambda classes: classes.multi_field("src", *[classes.field(classes.vocab(PIECES))] * 2), "src: holds 2 fields"),
+        ("src", lambda classes: fields(classes, "src", PIECES, eos_token="</s>"), "src: sequences with '</s>' around them"),
+        ("tgt", lambda classes: fields(classes, "tgt", PIECES, eos_token="<end>"), "tgt: ends in '<end>'; only '</s>'"),
+        ("tgt", lambda classes: fields(classes, "tgt", PIECES, init_token="<go>"), "tgt: has no '<go>'"),
+        ("tgt", lambda classes: classes.make("torchtext.data.field.Field"), "tgt: has no list of tokens"),
+        ("tgt", lambda classes: classes.make("torchtext.vocab.Vocab", itos={"a": 1}), "tgt: has no list of tokens"),
+        ("tgt", lambda classes: classes.make("torchtext.vocab.Vocab", itos=[["a"]]), "tgt: has no list of tokens"),
+        ("tgt", lambda classes: classes.make("onmt.inputters.text_dataset.TextMultiField", fields=5), "tgt: has no list"),
+    ],
+    ids=["features", "source ends", "target ends", "start", "no vocabulary", "no list", "no text", "no fields"],
+)
+def test_objects_that_hold_something_else(directory: Path, classes: ToolClasses, side: str, stored: Any, fault: str) -> None:
+    write(directory, lambda document: document.update(vocab={"src": PIECES, "tgt": PIECES, side: stored(classes)}))
+    (found,) = faults_of(directory)
+    assert found.startswith(f"model.pt: vocab: {fault}")
+
+
+def test_objects_of_other_classes_are_refused_and_told_how_to_be_left_out(directory: Path) -> None:
     write(directory, lambda document: document.update(vocab={"src": fractions.Fraction(1, 2)}))
     (fault,) = faults_of(directory)
     assert fault.startswith("model.pt: needs fractions.Fraction, which is not loaded")
@@ -293,7 +381,8 @@ def test_objects_of_version_2_are_refused_and_told_how_to_be_left_out(directory:
                 "model.pt: model: is no state dict",
                 "model.pt: generator: is no state dict",
                 "model.pt: opt: holds no settings",
-                "model.pt: vocab: has no lists of tokens under src and tgt; those of version 2 and before are not supported",
+                "model.pt: vocab: src: has no list of tokens, nor an object of torchtext with one",
+                "model.pt: vocab: tgt: has no list of tokens, nor an object of torchtext with one",
             ),
         ),
     ],
