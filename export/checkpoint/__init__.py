@@ -1,4 +1,4 @@
-"""Checkpoints: a reader for each format, one result for all. Another format is another reader in ``_READERS``."""
+"""Checkpoints: a reader for each format, one result for all. Another format is another reader in ``_DIRECTORY_READERS``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from export.checkpoint.ctranslate2 import CTranslate2Reader
 from export.checkpoint.fairseq import FairseqReader
 from export.checkpoint.m2m100 import M2M100
 from export.checkpoint.marian import MarianReader
+from export.checkpoint.marian_binary import MarianBinaryReader
 from export.checkpoint.marian_npz import MarianNpzReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
 from export.checkpoint.opennmt_py import OpenNmtPyReader
+from export.checkpoint.zipped import ZipReader
 from serving.errors import CheckpointError
 
 __all__ = ["SAMPLES_NAME", "Checkpoint", "build_model", "read_checkpoint", "write_native_checkpoint"]
 
-_READERS: tuple[CheckpointReader, ...] = (
+_DIRECTORY_READERS: tuple[CheckpointReader, ...] = (
     NativeReader(),
     MarianReader(),
     ArgosReader(),
+    MarianBinaryReader(),
     CTranslate2Reader(),
     *map(FamilyReader, (M2M100, BART, MBART, PEGASUS)),
     # These go by names of files that others may have beside their own, the last most of all.
@@ -29,6 +32,7 @@ _READERS: tuple[CheckpointReader, ...] = (
     FairseqReader(),
     OpenNmtPyReader(),
 )
+_READERS = (*_DIRECTORY_READERS, ZipReader(_DIRECTORY_READERS))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,11 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.checkpoint.packages import size_faults
 from export.checkpoint.stand_ins import COMMON_CLASSES, is_empty, plain_settings, stand_ins
-
-# Weights hardly compress. An archive that unpacks to many times its size is no model, and could fill the memory.
-_MOST_UNPACKED = 20
-_UNPACKED_ANYWAY_BYTES = 2**24
 
 
 def file_sha256(path: Path) -> str:
@@ -36,7 +32,7 @@ def read_npz(path: Path, faults: list[str]) -> dict[str, NDArray[Any]]:
     """The arrays of an archive by name, none of Python objects; none at all after a fault, which goes to ``faults``."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = _unpacked_faults(path, archive)
+            found = size_faults(path, archive.infolist())
             for info in archive.infolist() if not found else ():
                 with archive.open(info) as stream:
                     fault = _header_fault(stream, info.file_size)
@@ -67,7 +63,7 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
         is_mapped = False
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if found := _unpacked_faults(path, archive):
+                if found := size_faults(path, archive.infolist()):
                     faults += [f"{path.name}: {fault}" for fault in found]
                     return {}
                 # torch does not; one that another tool packed again may be.
@@ -134,15 +130,6 @@ def settings_of(stored: Any, called: str, faults: list[str]) -> dict[str, Any] |
     if settings is None:
         faults.append(f"{called}: holds no settings")
     return settings
-
-
-def _unpacked_faults(path: Path, archive: zipfile.ZipFile) -> list[str]:
-    names = archive.namelist()
-    packed_bytes, unpacked_bytes = path.stat().st_size, sum(info.file_size for info in archive.infolist())
-    faults = [f"{name}: is there {number} times" for name, number in Counter(names).items() if number > 1]
-    if unpacked_bytes > max(_MOST_UNPACKED * packed_bytes, _UNPACKED_ANYWAY_BYTES):
-        faults.append(f"unpacks to {unpacked_bytes} bytes, and is itself of {packed_bytes}; no model does that")
-    return faults
 
 
 def _header_fault(stream: IO[bytes], size_bytes: int) -> str | None:

@@ -21,6 +21,7 @@ from export.checkpoint.base import Checkpoint, read_samples, shared_names, tenso
 from export.checkpoint.ctranslate2_binary import ModelBinary, read_binary
 from export.checkpoint.ctranslate2_tokens import TokenConfig, Tokens, number_tokens, ordered, read_config, read_vocabularies
 from export.checkpoint.ctranslate2_weights import Settings, read_positions, read_settings, read_tensors
+from export.checkpoint.marian_binary import is_marian_binary
 from export.checkpoint.vocabulary import choose_tokenizer
 from export.model import ModelConfig
 from serving.bundle import MosesSpec, field_faults
@@ -48,8 +49,8 @@ class CTranslate2Reader:
     description = f"CTranslate2 ({BINARY_NAME}, vocabularies, config.json; a tokenizer's files if they lie beside it)"
 
     def recognizes(self, path: Path) -> bool:
-        """Whether it is a directory with a ``model.bin``; whether that is one of CTranslate2, ``read`` tells."""
-        return (path / BINARY_NAME).is_file()
+        """Whether it is a directory with a ``model.bin``, none of Marian's; whether it is one of CTranslate2, ``read`` tells."""
+        return (path / BINARY_NAME).is_file() and not is_marian_binary(path / BINARY_NAME)
 
     def read(self, path: Path) -> Checkpoint:
         """Read and check the whole checkpoint.

@@ -1,10 +1,10 @@
 """Marian's own models: what marian-nmt trains and OPUS-MT publishes.
 
-A directory with the model (``model.npz``, which has its settings inside as ``special:model.yml``), its vocabularies (YAML:
-token -> id, or SentencePiece models) and, as a rule, ``decoder.yml``, which names them; or the ``.npz`` itself, with the others
-beside it. Where the vocabularies are YAML, ``source.spm`` and ``target.spm`` (or byte-pair codes) cut the text. Knows what
-belongs together and the names of tensors; does not know settings (``marian_npz_config.py``), files (``marian_npz_files.py``) or
-what a checkpoint becomes.
+A directory with the model (``model.npz`` or another ``.npz``, which has its settings inside as ``special:model.yml``), its
+vocabularies (YAML: token -> id, one token a line, or SentencePiece models) and, as a rule, ``decoder.yml``, which names them; or
+the ``.npz`` itself, with the others beside it. Where the vocabularies are no SentencePiece models, ``source.spm`` and
+``target.spm`` (or byte-pair codes) cut the text. Knows what belongs together and the names of tensors; does not know settings
+(``marian_npz_config.py``), files (``marian_npz_files.py``) or what a checkpoint becomes.
 
 **Settings** that make the architecture are read, with Marian's defaults; those that would make one that this project's module has
 no place for are refused, all at once. Dropout and the like are for training only, and how to search is a request's business. An
@@ -19,7 +19,7 @@ LayerNorm adds 1e-6; its ``gelu`` is x * sigmoid(1.702 x), which is the ``silu``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from export.checkpoint.marian_npz_files import (
     find_vocabularies,
     models_in,
     read_decoder_settings,
+    read_languages,
     read_vocabularies,
 )
 from export.checkpoint.vocabulary import END_TOKEN, choose_tokenizer
@@ -75,7 +76,7 @@ class MarianNpzReader:
         """
         faults: list[str] = []
         directory = path if path.is_dir() else path.parent
-        decoder_settings = read_decoder_settings(directory, None if path.is_dir() else path.name, faults)
+        decoder_settings = read_decoder_settings(path, faults)
         model_path = find_model(directory, decoder_settings, faults) if path.is_dir() else path
         vocabulary_paths = find_vocabularies(directory, decoder_settings, faults)
         vocabularies = read_vocabularies(vocabulary_paths, faults) if vocabulary_paths else None
@@ -96,6 +97,7 @@ class MarianNpzReader:
         choice = choose_tokenizer(directory, vocabularies, faults, sentencepiece=pairs)
         if faults or choice is None:
             raise CheckpointError(path, faults)
+        language_tokens = vocabularies.language_tokens()
         warnings = choice.warnings
         if config.norm == "pre":
             warnings = (
@@ -107,8 +109,8 @@ class MarianNpzReader:
             name=directory.resolve().name if path.is_dir() else model_path.stem,
             config=config,
             tensors=tensors,
-            languages=[],
-            language_tokens=vocabularies.language_tokens(),
+            languages=[] if language_tokens else read_languages(model_path),
+            language_tokens=language_tokens,
             tokenizer=choice.spec,
             tokenizer_files=choice.files,
             weights_sha256=file_sha256(model_path),
@@ -183,7 +185,7 @@ def _model(
     rows = trained.shape[-2] if trained is not None and trained.ndim >= 2 else _MAX_POSITIONS
     config = settings.architecture(eos_id, min(max(rows, 1), _MAX_POSITIONS), trained_positions=trained is not None)
     names = tensor_names(config, legacy_output="decoder_ff_logit_out_W" in arrays)
-    stored = {name: _tensor(name, array) for name, array in arrays.items()}
+    stored = _untied({name: _tensor(name, array) for name, array in arrays.items()}, settings.transformer_tied_layers)
     computed = position_table(config.max_positions, config.d_model)
     table = computed if trained is None else stored.pop("Wpos")[: config.max_positions]
     for side, called in (("encoder", "Wpos"), ("decoder", "Wpos of the decoder")):
@@ -197,6 +199,17 @@ def _model(
     if settings.transformer_ffn_activation == "gelu":
         _fold_gelu(tensors)
     return _with_start_token(config, tensors)
+
+
+def _untied(stored: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
+    """The same with tensors of their own for decoder layers that have those of others; ``layers``: of each, whose."""
+    if not layers:
+        return stored
+    found = {name: tensor for name, tensor in stored.items() if not name.startswith("decoder_l")}
+    for i, own in enumerate(layers, start=1):
+        prefix = f"decoder_l{own}_"
+        found |= {f"decoder_l{i}_{name[len(prefix) :]}": tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    return found
 
 
 def _tensor(name: str, array: NDArray[Any]) -> Tensor:

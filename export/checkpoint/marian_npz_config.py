@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.plain_yaml import read_yaml
@@ -32,14 +32,12 @@ _NONE: tuple[Any, ...] = ("", [])
 # Settings that would make another architecture, and the values with which they do not. Text, as the file has it.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "type": ("transformer",),
-    "transformer-decoder-autoreg": ("self-attention",),
     "transformer-ffn-depth": ("2",),
     "transformer-decoder-ffn-depth": ("2", "0"),
     "transformer-no-projection": _OFF,
     "transformer-no-bias": _OFF,
     "transformer-no-affine": _OFF,
     "transformer-pool": _OFF,
-    "transformer-tied-layers": _NONE,
     "factors-dim-emb": ("0", ""),
     "lemma-dim-emb": ("0", ""),
     "lemma-dependency": _NONE,
@@ -61,6 +59,9 @@ class MarianConfig(BaseModel):
     dim_vocabs: Annotated[list[_Size], Field(min_length=2, max_length=2)]
     enc_depth: _Depth = 1
     dec_depth: _Depth = 1
+    transformer_decoder_autoreg: str = "self-attention"
+    # Of each decoder layer, the one whose tensors it has; none where each has its own.
+    transformer_tied_layers: Annotated[list[_Depth], BeforeValidator(lambda value: value or [])] = []
     transformer_heads: _Size = 8
     transformer_dim_ffn: _Size = 2048
     # 0: as the encoder's.
@@ -95,6 +96,11 @@ class MarianConfig(BaseModel):
     def architecture_faults(self) -> list[str]:
         """Every setting that contradicts another, or that this project's module has no place for."""
         faults = []
+        if (kind := self.transformer_decoder_autoreg) != "self-attention":
+            advice = "; students, as Bergamot's and Firefox's, have such decoders: export the teacher" if kind == "rnn" else ""
+            faults.append(f"transformer-decoder-autoreg: {kind!r} is not supported, only 'self-attention'{advice}")
+        if (tied := self.transformer_tied_layers) and (len(tied) != self.dec_depth or max(tied) > self.dec_depth):
+            faults.append(f"transformer-tied-layers: {tied[:8]} do not say of which layer each of dec-depth {self.dec_depth} is")
         if self.transformer_ffn_activation not in _ACTIVATIONS:
             supported = " or ".join(map(repr, _ACTIVATIONS))
             faults.append(f"transformer-ffn-activation: {self.transformer_ffn_activation!r} is not supported, only {supported}")

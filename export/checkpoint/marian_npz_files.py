@@ -13,16 +13,27 @@ import sentencepiece
 
 from export.checkpoint.plain_yaml import read_yaml
 from export.checkpoint.vocabulary import Vocabularies
+from serving.bundle import LanguagePair
 
 MODEL_NAME = "model.npz"
 DECODER_CONFIG_NAME = "decoder.yml"
 
-_VOCABULARY_NAMES = (
+# Names of vocabularies where nothing says which: (source, target), or one for both; the most telling first.
+_VOCABULARY_PATTERNS = (
     ("vocab.yml",),
     ("vocab.spm",),
     ("source.yml", "target.yml"),
     ("vocab.src.yml", "vocab.trg.yml"),
     ("vocab.src.spm", "vocab.trg.spm"),
+    # OPUS-MT's, which have the name of the training data before.
+    ("*.src.vocab.yml", "*.trg.vocab.yml"),
+    ("*.src.vocab", "*.trg.vocab"),
+    ("*.vocab.yml",),
+    ("*.vocab",),
+    # Those of Bergamot's students, which have the languages in them.
+    ("srcvocab.*.spm", "trgvocab.*.spm"),
+    ("vocab.*.spm",),
+    ("vocab.json",),
 )
 _FURTHER_MARKERS = ("<s>", "<pad>", "</s>", "<unk>")
 
@@ -34,11 +45,21 @@ def models_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.npz") if not path.name.endswith(".optimizer.npz"))
 
 
-def read_decoder_settings(directory: Path, model_name: str | None, faults: list[str]) -> dict[str, Any]:
-    """Settings of ``decoder.yml``, or of the file that training writes for one model; empty where there is neither."""
-    for name in (f"{model_name or MODEL_NAME}.{DECODER_CONFIG_NAME}", DECODER_CONFIG_NAME):
+def read_decoder_settings(path: Path, faults: list[str]) -> dict[str, Any]:
+    """Settings of ``decoder.yml``, or of the file that training writes for one model; empty where there is neither.
+
+    Args:
+        path: of a directory, or of one model.
+        faults: of the whole checkpoint so far.
+    """
+    if path.is_dir():
+        models = models_in(path)
+        names = [DECODER_CONFIG_NAME, *(f"{model.name}.{DECODER_CONFIG_NAME}" for model in models if len(models) == 1)]
+    else:
+        names = [f"{path.name}.{DECODER_CONFIG_NAME}", DECODER_CONFIG_NAME]
+    for name in names:
         try:
-            return read_yaml((directory / name).read_bytes())
+            return read_yaml(((path if path.is_dir() else path.parent) / name).read_bytes())
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -51,16 +72,19 @@ def find_model(directory: Path, decoder_settings: Mapping[str, Any], faults: lis
     """The one model of a directory; None after a fault."""
     named = decoder_settings.get("models")
     if isinstance(named, list) and len(named) > 1:
-        faults.append(f"{DECODER_CONFIG_NAME}: models: an ensemble of {len(named)} is not supported, only one model")
+        faults.append(
+            f"{DECODER_CONFIG_NAME}: models: an ensemble of {len(named)} is not supported, only one model; give one's .npz"
+        )
         return None
     if isinstance(named, list) and named and isinstance(named[0], str):
         return _beside(directory, named[0], "models", faults)
     found = models_in(directory)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or f"none, {MODEL_NAME} is missing"
-        faults.append(f"one model is needed, and there are several: {names}" if found else f"a model is needed: {names}")
-        return None
-    return found[0]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        faults.append(f"one model is needed, and there are several: {names}; give one of them instead of the directory")
+    elif not found:
+        faults.append(f"a model is needed: none, {MODEL_NAME} is missing")
+    return found[0] if len(found) == 1 else None
 
 
 def find_vocabularies(directory: Path, decoder_settings: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path] | None:
@@ -72,13 +96,27 @@ def find_vocabularies(directory: Path, decoder_settings: Mapping[str, Any], faul
             return None
         source, target = (_beside(directory, name, "vocabs", faults) for name in named)
         return (source, target) if source and target else None
-    for names in _VOCABULARY_NAMES:
-        paths = [directory / name for name in names]
-        if all(path.is_file() for path in paths):
-            return paths[0], paths[-1]
-    expected = "; ".join(" and ".join(names) for names in _VOCABULARY_NAMES)
+    for patterns in _VOCABULARY_PATTERNS:
+        matches = [sorted(path for path in directory.glob(pattern) if path.is_file()) for pattern in patterns]
+        if all(len(paths) == 1 for paths in matches):
+            return matches[0][0], matches[-1][0]
+    expected = "; ".join(" and ".join(patterns) for patterns in _VOCABULARY_PATTERNS)
     faults.append(f"vocabularies: none is named in {DECODER_CONFIG_NAME}, and none is called {expected}")
     return None
+
+
+def read_languages(model_path: Path) -> list[LanguagePair]:
+    """What a model translates from and into, by the description that OPUS-MT packs with it; none where that does not say.
+
+    A model of several languages is told them by tokens, which are in its vocabulary.
+    """
+    try:
+        description = read_yaml(model_path.with_suffix(".yml").read_bytes())
+    except (OSError, ValueError):
+        return []
+    sides = [description.get(f"{side}-languages") for side in ("source", "target")]
+    codes = [side[0] for side in sides if isinstance(side, list) and len(side) == 1 and side[0]]
+    return [LanguagePair(source=codes[0], target=codes[1])] if len(codes) == 2 else []
 
 
 def _beside(directory: Path, name: str, field: str, faults: list[str]) -> Path | None:
@@ -112,8 +150,10 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         except RuntimeError as error:
             raise ValueError(f"is no SentencePiece model: {error}") from error
         return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    if path.suffix in (".vocab", ".txt"):
+        return _read_lines(path.read_bytes())
     if path.suffix not in (".yml", ".yaml", ".json"):
-        raise ValueError("is of no kind that is supported (.yml, .yaml, .json, .spm); factored vocabularies are not")
+        raise ValueError("is of no kind that is supported (.yml, .yaml, .json, .spm, .vocab, .txt); factored ones are not")
     vocabulary = {}
     for token, number in read_yaml(path.read_bytes()).items():
         if not isinstance(number, str) or not (number.isascii() and number.isdigit() and len(number) < 10):
@@ -122,3 +162,11 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ValueError("two tokens have one id")
     return vocabulary
+
+
+def _read_lines(contents: bytes) -> dict[str, int]:
+    """One token a line. As in Marian, one that is there already takes no number."""
+    tokens = contents.decode().removesuffix("\n").split("\n")
+    if "" in tokens:
+        raise ValueError("has an empty line")
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}

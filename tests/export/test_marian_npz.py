@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import LanguageTokens
+from serving.bundle import LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
@@ -59,9 +60,9 @@ def faults_of(path: Path) -> tuple[str, ...]:
     return caught.value.faults
 
 
-def assert_computes(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+def assert_computes(checkpoint: Checkpoint, settings: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) -> None:
     """The same as Marian, as ``tests/origins.py`` has it."""
-    config, arrays = checkpoint.config, origins.marian_arrays(settings)
+    config, arrays = checkpoint.config, arrays or origins.marian_arrays(settings)
     source, prefix = [5, 9, 12, 0], [7, 3, 20]
     its = origins.marian_logits(settings, arrays, source, prefix)
     with torch.no_grad():
@@ -207,7 +208,6 @@ UNSUPPORTED = {
     "transformer-pool": True,
     "transformer-postprocess": "dhn",
     "transformer-postprocess-emb": "r",
-    "transformer-tied-layers": [1, 1],
     "lemma-dim-emb": 8,
     "input-types": ["class", "sequence"],
     "right-left": True,
@@ -224,11 +224,155 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
     assert "transformer-decoder-autoreg: 'average-attention' is not supported, only 'self-attention'" in told
 
 
-@pytest.mark.parametrize("value", ["rnn", "average-attention"])
-def test_other_decoders_are_refused(directory: Path, value: str) -> None:
-    write(directory, transformer_decoder_autoreg=value)
-    (fault,) = faults_of(directory)
-    assert "transformer-decoder-autoreg" in fault
+def test_the_decoder_of_a_student_is_refused_with_advice(directory: Path) -> None:
+    write(directory, transformer_decoder_autoreg="rnn", dec_cell="ssru")
+    assert faults_of(directory) == (
+        "model.npz: special:model.yml: transformer-decoder-autoreg: 'rnn' is not supported, only 'self-attention'; students, as "
+        "Bergamot's and Firefox's, have such decoders: export the teacher",
+    )
+
+
+def test_decoder_layers_that_share_their_tensors(directory: Path) -> None:
+    """Marian stores those of the first of them."""
+    tied = {"dec-depth": 4, "transformer-tied-layers": [1, 1, 3, 1]}
+    arrays = origins.marian_arrays({**SETTINGS, "dec-depth": 4})
+    of_layer = {i: {name: array for name, array in arrays.items() if name.startswith(f"decoder_l{i}_")} for i in (1, 2, 3, 4)}
+    for i in (2, 4):
+        for name in of_layer[i]:
+            del arrays[name]
+    origins.write_marian_npz(directory / "model.npz", {**SETTINGS, **tied}, arrays)
+    checkpoint = read_checkpoint(directory)
+    for i, own in enumerate([1, 1, 3, 1], start=1):
+        for name, array in of_layer[own].items():
+            arrays[name.replace(f"decoder_l{own}_", f"decoder_l{i}_")] = array
+    assert_computes(checkpoint, {**SETTINGS, "dec-depth": 4}, arrays)
+
+
+OPUS = "opus.spm32k-spm32k"
+OPUS_MODEL = f"{OPUS}.transformer-align.model1.npz.best-perplexity.npz"
+RELEASE = """release: en-de/opus-2020-02-26.zip
+modeltype: transformer-align
+vocabulary:
+   source: opus.spm32k-spm32k.vocab.yml
+source-languages:
+   - en
+target-languages:
+   - de
+BLEU-scores:
+   newstest2014-deen.en-de: 27.0
+"""
+
+
+@pytest.fixture
+def opus(directory: Path) -> Path:
+    """As OPUS-MT packs its models."""
+    write(directory, guided_alignment="data/train.alg.gz", transformer_guided_alignment_layer="last")
+    (directory / "model.npz").rename(directory / OPUS_MODEL)
+    (directory / "vocab.yml").rename(directory / f"{OPUS}.vocab.yml")
+    decoder = DECODER.replace("model.npz", OPUS_MODEL).replace("vocab.yml", f"{OPUS}.vocab.yml")
+    (directory / "decoder.yml").write_text(f"{decoder}word-penalty: 0\nmini-batch: 1\nmaxi-batch: 1\nmaxi-batch-sort: src\n")
+    (directory / OPUS_MODEL).with_suffix(".yml").write_text(RELEASE)
+    for name in ("README.md", "LICENSE", "preprocess.sh", "postprocess.sh", f"{OPUS}.transformer-align.train1.log"):
+        (directory / name).write_text("not looked at\n")
+    (directory / "source.tcmodel").write_bytes(b"")
+    return directory
+
+
+def packed(directory: Path, root: str = "") -> Path:
+    path = directory.with_name("opus-2020-02-26.zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(directory.iterdir()):
+            archive.write(file, f"{root}{file.name}")
+    return path
+
+
+def test_a_directory_of_opus_mt(opus: Path) -> None:
+    checkpoint = read_checkpoint(opus)
+    assert checkpoint.languages == [LanguagePair(source="en", target="de")]
+    assert checkpoint.warnings == ()
+    assert_computes(checkpoint, SETTINGS)
+
+
+@pytest.mark.parametrize("root", ["", "opus-2020-02-26/"], ids=["no directory", "a directory"])
+def test_a_package_of_opus_mt(opus: Path, root: str) -> None:
+    path = packed(opus, root)
+    (path.parent / "samples.txt").write_text("a man runs\n")
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.name == "opus-2020-02-26"
+    assert checkpoint.languages == [LanguagePair(source="en", target="de")]
+    assert checkpoint.sample_lines == ["a man runs"]
+    assert all(isinstance(contents, bytes) for contents in checkpoint.tokenizer_files.values())
+    assert_computes(checkpoint, SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_package_of_several_languages_exported(opus: Path, tmp_path: Path) -> None:
+    languages = {">>deu<<": VOCAB_SIZE, ">>nds<<": VOCAB_SIZE + 1}
+    origins.write_marian_vocabulary(opus / f"{OPUS}.vocab.yml", {**VOCABULARY, **languages})
+    write(opus, dim_vocabs=[VOCAB_SIZE + 2, VOCAB_SIZE + 2])
+    (opus / "model.npz").replace(opus / OPUS_MODEL)
+    path = packed(opus)
+    bundle = export_bundle(path, tmp_path / "bundle", show_progress=False)
+    assert bundle.manifest.name == "opus-2020-02-26"
+    assert bundle.manifest.languages == []
+    assert bundle.manifest.language_tokens is not None
+    assert bundle.manifest.language_tokens.tokens == {"deu": VOCAB_SIZE, "nds": VOCAB_SIZE + 1}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"bundle", opus.name, path.name}
+
+
+@pytest.mark.parametrize("release", [b"", b"- en", b"\xff", RELEASE.replace("   - de", "   - de\n   - nl").encode()])
+def test_a_description_that_does_not_tell_the_languages(opus: Path, release: bytes) -> None:
+    (opus / OPUS_MODEL).with_suffix(".yml").write_bytes(release)
+    assert read_checkpoint(opus).languages == []
+
+
+def write_lines(path: Path, vocabulary: dict[str, int]) -> None:
+    path.write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=lambda token: vocabulary[token])))
+
+
+@pytest.mark.parametrize(
+    ("names", "write_vocabulary"),
+    [
+        ([f"{OPUS}.vocab.yml"], origins.write_marian_vocabulary),
+        ([f"{OPUS}.src.vocab.yml", f"{OPUS}.trg.vocab.yml"], origins.write_marian_vocabulary),
+        (
+            [f"{OPUS}.src.vocab", f"{OPUS}.trg.vocab"],
+            lambda path, ids: path.write_text("\n".join(sorted(ids, key=ids.get)) + "\n"),
+        ),
+        (["vocab.json"], lambda path, ids: path.write_text(json.dumps(ids))),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, list) else "",
+)
+def test_vocabularies_that_are_named_nowhere(opus: Path, names: list[str], write_vocabulary: Callable[..., object]) -> None:
+    (opus / "decoder.yml").unlink()
+    (opus / f"{OPUS}.vocab.yml").unlink()
+    for name in names:
+        write_vocabulary(opus / name, VOCABULARY)
+    checkpoint = read_checkpoint(opus)
+    assert_computes(checkpoint, SETTINGS)
+    assert open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files).encode("a man") == [
+        VOCABULARY[piece] for piece in ("\u2581a", "\u2581man") if piece in VOCABULARY
+    ]
+
+
+def test_a_vocabulary_of_lines(opus: Path) -> None:
+    """A token that is there twice takes one number, as in Marian."""
+    tokens = sorted(VOCABULARY, key=lambda token: VOCABULARY[token])
+    path = opus / f"{OPUS}.vocab"
+    (opus / "decoder.yml").write_text(f"models: [{OPUS_MODEL}]\nvocabs: [{path.name}, {path.name}]\n")
+    path.write_text("\n".join([*tokens[:9], tokens[3], *tokens[9:]]))
+    assert_computes(read_checkpoint(opus), SETTINGS)
+    path.write_text("\n".join([*tokens[:9], "", *tokens[9:]]))
+    assert faults_of(opus) == (f"{path.name}: has an empty line",)
+
+
+def test_settings_that_training_writes_beside_a_model(opus: Path) -> None:
+    (opus / "decoder.yml").rename(opus / f"{OPUS_MODEL}.decoder.yml")
+    (opus / f"{OPUS}.vocab.yml").rename(opus / "corpus.yml")
+    text = (opus / f"{OPUS_MODEL}.decoder.yml").read_text()
+    (opus / f"{OPUS_MODEL}.decoder.yml").write_text(text.replace(f"{OPUS}.vocab.yml", "corpus.yml"))
+    for path in (opus, opus / OPUS_MODEL):
+        assert_computes(read_checkpoint(path), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +383,10 @@ def test_other_decoders_are_refused(directory: Path, value: str) -> None:
         ({"dim-emb": 2**30}, "dim-emb: Input should be less than"),
         ({"dim-vocabs": [66, 67]}, "dim-vocabs: [66, 67] differ, and the embeddings are tied"),
         ({"dim-vocabs": [66, 66, 66]}, "dim-vocabs: List should have at most 2 items"),
+        ({"transformer-tied-layers": [1, 1]}, "transformer-tied-layers: [1, 1] do not say of which layer each of dec-depth 1 is"),
+        ({"transformer-tied-layers": [2]}, "transformer-tied-layers: [2] do not say"),
+        ({"transformer-tied-layers": ["a"]}, "transformer-tied-layers.0: Input should be a valid integer"),
+        ({"transformer-tied-layers": "1"}, "transformer-tied-layers: Input should be a valid list"),
         ({"enc-depth": "many"}, "enc-depth: Input should be a valid integer"),
         ({"enc-depth": [[[6]]]}, "enc-depth: Input should be a valid integer"),
         ({"tied-embeddings": "perhaps"}, "tied-embeddings: Input should be a valid boolean"),
@@ -319,7 +467,7 @@ def test_no_vocabulary_and_several_models(directory: Path) -> None:
     for name in ("a.npz", "b.npz"):
         (directory / name).write_bytes(b"")
     first, second = faults_of(directory)
-    assert first == "one model is needed, and there are several: a.npz, b.npz"
+    assert first == "one model is needed, and there are several: a.npz, b.npz; give one of them instead of the directory"
     assert second.startswith("vocabularies: none is named in decoder.yml, and none is called vocab.yml")
 
 
