@@ -26,6 +26,7 @@ from export.checkpoint.hugging_face import (
     added_tokens,
     read_json,
     special_tokens,
+    tokenizer_ids,
 )
 from serving.bundle import AnyTokenizerSpec, HuggingFaceTokenizerSpec, MarianTokenizerSpec
 
@@ -92,7 +93,7 @@ def fairseq_tokenizer(
         language_is_last: whether a source ends in its language's token.
     """
     if not (directory / SENTENCEPIECE_NAME).is_file() and (directory / TOKENIZER_NAME).is_file():
-        parts = _whole_tokenizer(_json_ids(directory, settings, faults), directory / TOKENIZER_NAME, code)
+        parts = _whole_tokenizer(tokenizer_ids(directory, settings, faults), directory / TOKENIZER_NAME, code)
     else:
         pieces = sentencepiece_pieces(directory / SENTENCEPIECE_NAME, faults)
         if pieces is None:
@@ -151,7 +152,7 @@ def sentencepiece_pieces(path: Path, faults: list[str]) -> list[str] | None:
 def pegasus_tokenizer(directory: Path, settings: Mapping[str, Any], faults: list[str]) -> TokenizerParts | None:
     """Pegasus' tokenizer, of ``spiece.model`` or else ``tokenizer.json``; None after a fault."""
     if not (directory / PEGASUS_NAME).is_file() and (directory / TOKENIZER_NAME).is_file():
-        return _whole_tokenizer(_json_ids(directory, settings, faults), directory / TOKENIZER_NAME)
+        return _whole_tokenizer(tokenizer_ids(directory, settings, faults), directory / TOKENIZER_NAME)
     pieces = sentencepiece_pieces(directory / PEGASUS_NAME, faults)
     offset = settings.get("offset", _PEGASUS_OFFSET)
     if type(offset) is not int or not 0 <= offset <= _MOST_PEGASUS_OFFSET:
@@ -171,7 +172,7 @@ def byte_level_tokenizer(directory: Path, settings: Mapping[str, Any], faults: l
     A source starts with ``<s>``.
     """
     if (directory / TOKENIZER_NAME).is_file():
-        ids = _json_ids(directory, settings, faults)
+        ids = tokenizer_ids(directory, settings, faults)
         return _started(_whole_tokenizer(ids, directory / TOKENIZER_NAME), ids, TOKENIZER_NAME, faults)
     vocabulary = read_json(directory / VOCAB_NAME, faults)
     merges = _read_merges(directory / MERGES_NAME, faults)
@@ -243,17 +244,3 @@ def _whole_tokenizer(ids: Mapping[str, int], file: Path | bytes, code: re.Patter
     tokens = [token for token in ids if code and code.fullmatch(token)]
     spec = HuggingFaceTokenizerSpec(kind="hugging_face", tokenizer=TOKENIZER_NAME, special_tokens=tokens)
     return TokenizerParts(spec=spec, files={TOKENIZER_NAME: file}, languages=languages, end_id=ids.get(_END))
-
-
-def _json_ids(directory: Path, settings: Mapping[str, Any], faults: list[str]) -> dict[str, int]:
-    """The ids of all tokens of a ``tokenizer.json``: the model's own, an object or a list of pieces and scores, and those added.
-
-    A model of neither form is told of when the tokenizer is opened.
-    """
-    model = (read_json(directory / TOKENIZER_NAME, faults) or {}).get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):
-        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ()
-    own = {piece: i for piece, i in pieces if isinstance(piece, str) and type(i) is int}
-    return own | added_tokens(directory, settings, faults)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +35,8 @@ from serving.bundle import LanguageTokens, field_faults
 
 # Binary versions before this one have the settings of config.json in the file itself.
 _CONFIG_VERSION = 6
+# Others are those of AWQ.
+_OWN_QUANTIZATION = 0
 _START_TOKEN = "<s>"
 _PADDING = ("<pad>", "<blank>")
 # Tokens that are no text in any vocabulary.
@@ -58,8 +60,6 @@ class TokenConfig(BaseModel):
     add_source_bos: bool = False
     add_source_eos: bool = False
     layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # Others are not CTranslate2's own.
-    quantization_type: Literal[0] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,11 @@ def read_config(directory: Path, model: ModelBinary, faults: list[str]) -> Token
     if document is None:
         faults += found or [f"{CONFIG_NAME}: is missing"]
         return None
+    if (kind := document.get("quantization_type", _OWN_QUANTIZATION)) != _OWN_QUANTIZATION:
+        faults.append(
+            f"{CONFIG_NAME}: quantization_type: {kind!r}, weights of 4 bits (AWQ), is not supported; convert the model as it was "
+            "before with --quantization int8 or float16"
+        )
     try:
         return TokenConfig.model_validate(document)
     except ValidationError as error:

@@ -229,6 +229,28 @@ def added_tokens(directory: Path, settings: Mapping[str, Any], faults: list[str]
     return found
 
 
+def tokenizer_ids(directory: Path, settings: Mapping[str, Any], faults: list[str]) -> dict[str, int]:
+    """The ids of all tokens of a ``tokenizer.json``: the model's own, an object or a list of pieces and scores, and those added.
+
+    A model of neither form is told of when the tokenizer is opened.
+
+    Args:
+        directory: has the file.
+        settings: what ``tokenizer_config.json`` holds.
+        faults: of the whole checkpoint so far.
+    """
+    document = read_json(directory / TOKENIZER_NAME, faults)
+    if document is None:
+        return {}
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):
+        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    own = {piece: i for piece, i in pieces if isinstance(piece, str) and type(i) is int}
+    return own | added_tokens(directory, settings, faults)
+
+
 def special_tokens(directory: Path, settings: Mapping[str, Any], faults: list[str]) -> list[str]:
     """Special tokens beside those with a name of their own, in the order in which a tokenizer adds them."""
     mapped = read_json(directory / SPECIAL_TOKENS_NAME, faults) or {}

@@ -1,7 +1,7 @@
-"""From a model's vocabularies and what lies beside it to a tokenizer: SentencePiece, byte-pair codes, or text that is tokens.
+"""From a model's vocabularies and what lies beside it to a tokenizer, or to text that is tokens.
 
-For formats that number tokens themselves and leave it to the user how text becomes tokens (Marian, fairseq, OpenNMT-py). Knows
-which file names are usual for which kind; does not know any model format.
+For formats that number tokens themselves and leave it to the user how text becomes tokens (Marian, fairseq, OpenNMT-py,
+CTranslate2). Knows which file names are usual for which kind; does not know any model format.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.checkpoint.hugging_face import TOKENIZER_NAME, tokenizer_ids
 from serving.bundle import (
     AnyTokenizerSpec,
+    HuggingFaceTokenizerSpec,
     LanguageTokens,
     MarianTokenizerSpec,
     MosesSpec,
@@ -51,6 +53,10 @@ class Vocabularies:
         ids.pop("", None)
         return LanguageTokens(tokens=ids, before_source="target", before_target=False) if len(ids) > 1 else None
 
+    def have(self, token: str, token_id: int) -> bool:
+        """Whether a token has this id on both sides."""
+        return self.source.get(token) == self.target.get(token) == token_id
+
     def faults(self, source_vocab_size: int, target_vocab_size: int) -> list[str]:
         """Why they do not fit a model's sizes, or lack a token that every model needs; empty when all is well."""
         found = [
@@ -88,7 +94,9 @@ def choose_tokenizer(
     codes: Iterable[str] = (),
     moses: MosesSpec | None = None,
 ) -> TokenizerChoice | None:
-    """The tokenizer that lies beside a model: SentencePiece before byte-pair codes, and without either text comes as tokens.
+    """The tokenizer that lies beside a model; without one, text comes as tokens.
+
+    SentencePiece comes first, then ``tokenizer.json`` where it numbers tokens as the model does, then byte-pair codes.
 
     Args:
         directory: where to look.
@@ -103,7 +111,10 @@ def choose_tokenizer(
     unknown_id = vocabularies.source[UNKNOWN_TOKEN]
     spec: AnyTokenizerSpec
     warnings: tuple[str, ...] = ()
-    if models := _first_there(directory, (*sentencepiece, *_SENTENCEPIECE_NAMES)):
+    models = _first_there(directory, (*sentencepiece, *_SENTENCEPIECE_NAMES))
+    json_ids = tokenizer_ids(directory, {}, faults) if not models and (directory / TOKENIZER_NAME).is_file() else {}
+    other = next((token for token, i in json_ids.items() if not vocabularies.have(token, i)), None)
+    if models:
         spec = MarianTokenizerSpec(
             kind="marian",
             source_model=models[0],
@@ -113,6 +124,10 @@ def choose_tokenizer(
             special_tokens=special_tokens,
         )
         files |= {name: directory / name for name in models}
+    elif json_ids and other is None:
+        known = [token for token in special_tokens if token in json_ids]
+        spec = HuggingFaceTokenizerSpec(kind="hugging_face", tokenizer=TOKENIZER_NAME, special_tokens=known)
+        files = {TOKENIZER_NAME: directory / TOKENIZER_NAME}
     elif found := _first_there(directory, ((name,) for name in (*codes, *_CODES_NAMES))):
         spec = SubwordNmtTokenizerSpec(
             kind="subword_nmt",
@@ -138,9 +153,12 @@ def choose_tokenizer(
             special_tokens=special_tokens,
         )
         warnings = (
-            "there is no SentencePiece model and no byte-pair codes beside the model: it takes and gives tokens with spaces "
-            "between them. Put its tokenizer's files beside it, for example as source.spm and target.spm, and export it again",
+            "there is no SentencePiece model, no tokenizer.json and no byte-pair codes beside the model: it takes and gives "
+            "tokens with spaces between. Put its tokenizer's files beside it (source.spm and target.spm, "
+            f"sentencepiece.bpe.model, or {TOKENIZER_NAME}) and export it again",
         )
+    if other is not None:
+        warnings = (*warnings, f"{TOKENIZER_NAME} is not taken: its {other!r} has id {json_ids[other]}, and another in the model")
     try:
         open_tokenizer(spec, files)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from export.checkpoint import build_model, read_checkpoint
@@ -350,6 +351,82 @@ def test_a_sentencepiece_model_beside_it(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "a man runs in the park"
 
 
+PIECES = [piece for piece in marian_vocabulary(tiny_sentencepiece()) if not piece.startswith("<")]
+NLLB_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", *PIECES, "eng_Latn", "deu_Latn", "zho_Hans", "<mask>"]
+NLLB_CONFIG = {**CONFIG, "decoder_start_token": "</s>", "add_source_eos": False}
+
+
+def tokenizer_json(tokens: list[str]) -> str:
+    """As the library writes one of SentencePiece pieces, whose last tokens are added."""
+    library = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([(token, -float(i)) for i, token in enumerate(tokens[:-4])], unk_id=3)
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    library.add_special_tokens([*tokens[:4], *tokens[-4:]])
+    text: str = library.to_str()
+    return text
+
+
+def nllb(directory: Path) -> Path:
+    """As NLLB is published in this form: the tokenizer's files lie beside the model."""
+    found = variables(len(NLLB_TOKENS), len(NLLB_TOKENS))
+    found["encoder/embeddings_0/weight"] = found["decoder/embeddings/weight"]
+    write(directory, binary(found), config=NLLB_CONFIG, shared=NLLB_TOKENS)
+    (directory / "tokenizer.json").write_text(tokenizer_json(NLLB_TOKENS))
+    (directory / "sentencepiece.bpe.model").write_bytes(tiny_sentencepiece())
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        (directory / name).write_text("{}")
+    (directory / "README.md").write_text("not looked at")
+    return directory
+
+
+@pytest.mark.parametrize("left_out", ["tokenizer.json", "sentencepiece.bpe.model"])
+def test_nllb_with_either_of_its_tokenizers(tmp_path: Path, left_out: str) -> None:
+    directory = nllb(tmp_path / "nllb")
+    (directory / left_out).unlink()
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.warnings == ()
+    assert checkpoint.tokenizer.kind == ("marian" if left_out == "tokenizer.json" else "hugging_face")
+    ids = {token: i for i, token in enumerate(NLLB_TOKENS)}
+    assert checkpoint.language_tokens == LanguageTokens(
+        tokens={code: ids[code] for code in ("eng_Latn", "deu_Latn", "zho_Hans")}, before_source="source", before_target=True
+    )
+    assert checkpoint.source_ends_with_eos
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    line = "a man runs in the park"
+    assert tokenizer.decode([ids["eng_Latn"], *tokenizer.encode(line), 2]) == line
+    assert ids["deu_Latn"] not in tokenizer.encode("deu_Latn")
+
+
+def test_a_tokenizer_that_numbers_tokens_otherwise_is_not_taken(tmp_path: Path) -> None:
+    directory = nllb(tmp_path / "nllb")
+    (directory / "sentencepiece.bpe.model").unlink()
+    swapped = [*NLLB_TOKENS[:4], NLLB_TOKENS[5], NLLB_TOKENS[4], *NLLB_TOKENS[6:]]
+    (directory / "tokenizer.json").write_text(tokenizer_json(swapped))
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.tokenizer.kind == "tokens"
+    missing, other = checkpoint.warnings
+    assert missing.startswith("there is no SentencePiece model, no tokenizer.json and no byte-pair codes")
+    assert other == f"tokenizer.json is not taken: its {NLLB_TOKENS[5]!r} has id 4, and another in the model"
+
+
+def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
+    directory = nllb(tmp_path / "nllb")
+    (directory / "sentencepiece.bpe.model").unlink()
+    (directory / "tokenizer.json").write_text("{")
+    (fault,) = faults_of(directory)
+    assert fault.startswith("tokenizer.json: is not JSON")
+
+
+def test_weights_of_awq_are_refused_with_advice(tmp_path: Path) -> None:
+    config = {**CONFIG, "quantization_type": 1, "quantization_bits": 4, "quantization_group_size": 128}
+    assert faults_of(write(tmp_path / "m", binary(variables()), config=config)) == (
+        "config.json: quantization_type: 1, weights of 4 bits (AWQ), is not supported; convert the model as it was before with "
+        "--quantization int8 or float16",
+    )
+
+
 def everything_unsupported(found: Variables) -> None:
     found["encoder/activation"] = found["decoder/activation"] = flag(1)
     found["decoder/num_heads"] = np.array(4, np.int16)
@@ -366,8 +443,9 @@ def test_all_that_is_unsupported_is_named_at_once(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", binary(found), config=config)
     (directory / "shared_vocabulary.json").write_text("{}")
     assert faults_of(directory) == (
+        "config.json: quantization_type: 1, weights of 4 bits (AWQ), is not supported; convert the model as it was before with "
+        "--quantization int8 or float16",
         "config.json: decoder_start_token: Input should be a valid string",
-        "config.json: quantization_type: Input should be 0",
         "model.bin: encoder/num_heads, decoder/num_heads: 2 and 4; different values are not supported",
         "model.bin: encoder/activation: 1 (GELUTanh) is not supported, only ReLU, Swish, GELU",
         "model.bin: decoder/scale_embeddings: 3 is not supported, only 1 or the square root of the embedding's width 16",

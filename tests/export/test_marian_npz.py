@@ -187,7 +187,7 @@ def test_tokens_that_yaml_takes_for_something_else(directory: Path) -> None:
 def test_without_a_tokenizer_it_takes_tokens_and_warns(directory: Path) -> None:
     (directory / "source.spm").unlink()
     (warning,) = read_checkpoint(directory).warnings
-    assert warning.startswith("there is no SentencePiece model and no byte-pair codes beside the model")
+    assert warning.startswith("there is no SentencePiece model, no tokenizer.json and no byte-pair codes beside the model")
 
 
 def test_languages_that_a_source_names_by_a_token(directory: Path) -> None:

@@ -44,7 +44,7 @@ NUM_SOURCES = 200
 MAX_TARGET_TOKENS = 24
 # Of random models; that theirs and ours are the same says little if all are one.
 LEAST_DIFFERENT_TARGETS = 10
-STORED = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float16")
+STORED = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float16", "int8_bfloat16")
 EMBEDDING_STD, LAST_NORM = 0.1, 6.0
 # An output weight of the end-of-sentence token that makes it likely enough for targets to end, at any length.
 END_LOGIT = 3.0
