@@ -49,14 +49,14 @@ class Peer:
         wished = prefix if bias is None else bias.tokens
         results = self._translator.translate_batch(
             [self._spelled(source) for source in sources],
-            [self._spelled(wished)] * len(sources) if wished else None,
+            [self._spelled_target(wished)] * len(sources) if wished else None,
             beam_size=options.beam_size,
             patience=options.patience,
             length_penalty=options.length_penalty,
             coverage_penalty=options.coverage_penalty,
             repetition_penalty=options.repetition_penalty,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
-            suppress_sequences=[self._spelled(tokens) for tokens in options.suppressed] or None,
+            suppress_sequences=[self._spelled_target(tokens) for tokens in options.suppressed] or None,
             prefix_bias_beta=0.0 if bias is None else bias.strength,
             min_decoding_length=options.min_target_tokens,
             max_decoding_length=options.max_target_tokens,
@@ -85,6 +85,10 @@ class Peer:
         return list(zip(spelled, result.scores, strict=True))
 
     def _spelled(self, ids: tuple[int, ...]) -> list[str]:
+        """The tokens of a source."""
+        return self._spelled_target(ids)
+
+    def _spelled_target(self, ids: tuple[int, ...]) -> list[str]:
         return [self._pieces[i] for i in ids]
 
     def _answer(self, pieces: list[str], score: float, options: DecodingOptions) -> Answer:

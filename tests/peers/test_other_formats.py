@@ -23,6 +23,7 @@ from tests import origins
 from tests.peers.ctranslate2_peer import Comparison, Peer
 from tests.peers.subject import Subject
 from tests.support import ENGLISH_LINES, GERMAN_LINES, tiny_sentencepiece, train_sentencepiece
+from tests.tool_classes import ToolClasses
 from tests.vocabularies import marian_vocabulary
 
 ctranslate2: Any = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed; make test-peers does it")
@@ -44,7 +45,6 @@ class TwoSidedPeer(Peer):
         self._source_pieces = source_pieces
 
     def _spelled(self, ids: tuple[int, ...]) -> list[str]:
-        """Of a source, or of tokens that are never decoded, which have the same ids on both sides."""
         return [self._source_pieces[i] for i in ids]
 
 
@@ -244,6 +244,7 @@ OPENNMT: dict[str, dict[str, Any]] = {
     "base": {},
     "everything shared, gelu": {"share_embeddings": True, "share_decoder_embeddings": True, "pos_ffn_activation_fn": "gelu"},
     "without biases": {"add_qkvbias": False, "add_ffnbias": False},
+    "version 2": {},
 }
 
 
@@ -254,6 +255,9 @@ def opennmt(name: str, work: Path) -> Origin:
     source_model = tiny_sentencepiece()
     target_model = source_model if settings["share_embeddings"] else train_sentencepiece(GERMAN_LINES, vocab_size=50)
     source_pieces, target_pieces = opennmt_pieces(source_model), opennmt_pieces(target_model)
+    if name == "version 2":
+        # Where the sides do not share a vocabulary, that of the source has neither start nor end.
+        del source_pieces[2:4]
     arrays = origins.opennmt_arrays(settings, (len(source_pieces), len(target_pieces)), seed=7)
     state = {key: torch.from_numpy(array) for key, array in arrays.items()}
     document = {
@@ -263,12 +267,15 @@ def opennmt(name: str, work: Path) -> Origin:
         "opt": argparse.Namespace(**settings),
         "optim": {},
     }
-    torch.save(document, directory / "model_step_1000.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "version 2":
+            document["vocab"] = torchtext_fields(ToolClasses(patch), source_pieces, target_pieces)
+        torch.save(document, directory / "model_step_1000.pt")
+        converter = ctranslate2.converters.OpenNMTPyConverter(str(directory / "model_step_1000.pt"), unsafe_deserialization=True)
+        converter.convert(str(work / "converted"))
     (directory / "source.spm").write_bytes(source_model)
     (directory / "target.spm").write_bytes(target_model)
     (directory / "samples.txt").write_text("\n".join(ENGLISH_LINES[:4]))
-    converter = ctranslate2.converters.OpenNMTPyConverter(str(directory / "model_step_1000.pt"), unsafe_deserialization=True)
-    converter.convert(str(work / "converted"))
     return Origin(
         Subject(directory, work),
         lambda source, prefix: origins.opennmt_logits(settings, arrays, source, prefix),
@@ -276,6 +283,13 @@ def opennmt(name: str, work: Path) -> Origin:
         target_pieces,
         sources_end=False,
     )
+
+
+def torchtext_fields(classes: ToolClasses, source_pieces: list[str], target_pieces: list[str]) -> dict[str, Any]:
+    """The vocabularies of versions 1 and 2, which CTranslate2's converter loads as objects, and we do not."""
+    source = classes.field(classes.vocab(source_pieces))
+    target = classes.field(classes.vocab(target_pieces), init_token="<s>", eos_token="</s>")
+    return {"src": classes.multi_field("src", source), "tgt": classes.multi_field("tgt", target)}
 
 
 def opennmt_pieces(serialized: bytes) -> list[str]:
