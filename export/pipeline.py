@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from export import verify
 from export.attention import HEAD_DIM_STEP
 from export.cache_graphs import cache_rows_graph
 from export.calibration import calibrated_graphs
-from export.checkpoint import SAMPLES_NAME, Checkpoint, build_model, read_checkpoint
+from export.checkpoint import SAMPLES_NAME, Checkpoint, build_model, read_checkpoint, with_languages
 from export.graphs import DecoderStepGraph, EncoderGraph, max_candidates
 from export.model import Transformer
 from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
@@ -29,6 +30,7 @@ from serving.bundle import (
     Bundle,
     Certificate,
     Comparison,
+    LanguagePair,
     ManifestDraft,
     ModelLimits,
     Precision,
@@ -39,7 +41,13 @@ from serving.errors import ExportError, ServerStartError
 
 
 def export_bundle(
-    checkpoint: Path, bundle: Path, *, precision: Precision = "fp32", overwrite: bool = False, show_progress: bool = True
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    precision: Precision = "fp32",
+    languages: Sequence[LanguagePair] = (),
+    overwrite: bool = False,
+    show_progress: bool = True,
 ) -> Bundle:
     """Export a checkpoint.
 
@@ -47,6 +55,7 @@ def export_bundle(
         checkpoint: a directory that ``export.checkpoint`` can read.
         bundle: the directory to write; written whole, or not at all.
         precision: "fp32", "int8" (products and caches; half of the sample sentences are for its scales) or "fp16" (for CUDA).
+        languages: what it translates from and into, where the checkpoint does not say so, or too much.
         overwrite: replace a bundle that is there.
         show_progress: a bar on standard error; what a user has to know is printed there with and without it.
 
@@ -57,6 +66,8 @@ def export_bundle(
     """
     check_destination(bundle, overwrite=overwrite)
     source = read_checkpoint(checkpoint)
+    if languages:
+        source = with_languages(source, languages)
     if source.config.head_dim % HEAD_DIM_STEP:
         raise ExportError(
             f"d_model / num_heads is {source.config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"

@@ -283,7 +283,7 @@ class ManifestDraft(_Record):
     architecture: Architecture
     ids: SpecialIds
     limits: ModelLimits
-    # The pairs that it translates; of a model that is told by tokens, none, and any of these codes into any other.
+    # The pairs that it translates; none of a model that is told by tokens and translates any of these codes into any other.
     languages: list[LanguagePair]
     language_tokens: LanguageTokens | None = None
     # What every source starts with, and every target after the start token; whether a source ends in the end-of-sentence token.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from tqdm import tqdm
 
-from serving.bundle import Precision, describe, read_bundle
+from serving.bundle import LanguagePair, Precision, describe, read_bundle
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import ExportError, OnnxlateError
 from serving.version import package_version
@@ -34,6 +34,15 @@ class _Seconds(click.FloatRange):
         if math.isnan(seconds):
             self.fail(f"{value} is not a number of seconds", param, ctx)
         return seconds
+
+
+def _language_pairs(ctx: click.Context, param: click.Parameter, values: Iterable[str]) -> tuple[LanguagePair, ...]:
+    """Of texts that are two codes with a colon between."""
+    pairs = [value.split(":") for value in values]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise click.BadParameter(f"{':'.join(pair)!r} is no pair of languages like en:de", ctx, param)
+    return tuple(LanguagePair(source=source, target=target) for source, target in pairs)
 
 
 # Their fields are the options' defaults.
@@ -246,9 +255,16 @@ def inspect(bundle: Path) -> None:
 @click.option(
     "--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the weights; int8 for CPU, fp16 for CUDA."
 )
+@click.option(
+    "--languages",
+    metavar="SOURCE:TARGET",
+    multiple=True,
+    callback=_language_pairs,
+    help="What it translates, for a CHECKPOINT that does not say so, as en:de; may be given several times.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE where it is there already.")
-def export(checkpoint: Path, bundle: Path, precision: Precision, overwrite: bool) -> None:
-    """Export the trained CHECKPOINT, a directory, to the new directory BUNDLE.
+def export(checkpoint: Path, bundle: Path, precision: Precision, languages: tuple[LanguagePair, ...], overwrite: bool) -> None:
+    """Export the trained CHECKPOINT, a directory or a file, to the new directory BUNDLE.
 
     What is measured, the certificate and the scales of int8, is measured on the sentences in CHECKPOINT/samples.txt, one a line.
     """
@@ -256,7 +272,7 @@ def export(checkpoint: Path, bundle: Path, precision: Precision, overwrite: bool
         from export.pipeline import export_bundle
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed: exporting needs the extra onnxlate[export]") from error
-    export_bundle(checkpoint, bundle, precision=precision, overwrite=overwrite)
+    export_bundle(checkpoint, bundle, precision=precision, languages=languages, overwrite=overwrite)
     click.echo(f"wrote {bundle}", err=True)
 
 

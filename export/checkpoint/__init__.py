@@ -6,7 +6,7 @@ from pathlib import Path
 
 from export.checkpoint.argos import ArgosReader
 from export.checkpoint.bart import BART, MBART, PEGASUS, FamilyReader
-from export.checkpoint.base import SAMPLES_NAME, Checkpoint, CheckpointReader, build_model
+from export.checkpoint.base import SAMPLES_NAME, Checkpoint, CheckpointReader, build_model, with_languages
 from export.checkpoint.ctranslate2 import CTranslate2Reader
 from export.checkpoint.fairseq import FairseqReader
 from export.checkpoint.m2m100 import M2M100
@@ -15,10 +15,11 @@ from export.checkpoint.marian_binary import MarianBinaryReader
 from export.checkpoint.marian_npz import MarianNpzReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
 from export.checkpoint.opennmt_py import OpenNmtPyReader
+from export.checkpoint.unknown import unknown_faults
 from export.checkpoint.zipped import ZipReader
 from serving.errors import CheckpointError
 
-__all__ = ["SAMPLES_NAME", "Checkpoint", "build_model", "read_checkpoint", "write_native_checkpoint"]
+__all__ = ["SAMPLES_NAME", "Checkpoint", "build_model", "read_checkpoint", "with_languages", "write_native_checkpoint"]
 
 _DIRECTORY_READERS: tuple[CheckpointReader, ...] = (
     NativeReader(),
@@ -49,5 +50,4 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for reader in _READERS:
         if reader.recognizes(path):
             return reader.read(path)
-    known = "; ".join(reader.description for reader in _READERS)
-    raise CheckpointError(path, [f"it is of no known format. Known: {known}"])
+    raise CheckpointError(path, unknown_faults(path, _READERS))

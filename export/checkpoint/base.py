@@ -10,8 +10,8 @@ first of: ``decoder.embedding.tokens.weight``, ``encoder.embedding.tokens.weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -136,6 +136,19 @@ def build_model(checkpoint: Checkpoint) -> Transformer:
     model = Transformer(checkpoint.config)
     model.load_state_dict({**checkpoint.tensors, **{name: checkpoint.tensors[own] for name, own in shared.items()}})
     return model.eval()
+
+
+def with_languages(checkpoint: Checkpoint, languages: Sequence[LanguagePair]) -> Checkpoint:
+    """The same with what it translates from and into, where the user says so and its files need not.
+
+    Raises:
+        CheckpointError: the model is told its languages by tokens, and has none for one of these.
+    """
+    if (told := checkpoint.language_tokens) is not None:
+        needed = {pair.target for pair in languages} | {pair.source for pair in languages if told.before_source == "source"}
+        if unknown := sorted(needed - told.tokens.keys()):
+            raise CheckpointError(checkpoint.name, [f"languages: the model has no token for {', '.join(map(repr, unknown))}"])
+    return replace(checkpoint, languages=list(languages))
 
 
 def read_samples(directory: Path, faults: list[str]) -> list[str]:

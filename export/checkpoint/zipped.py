@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.checkpoint.base import Checkpoint, CheckpointReader, read_samples
 from export.checkpoint.packages import detached, unpacked, within_one_directory
+from export.checkpoint.unknown import unknown_faults
 from serving.errors import CheckpointError
 
 
@@ -36,8 +37,7 @@ class ZipReader:
         with unpacked(path, within_one_directory) as directory:
             reader = next((reader for reader in self._readers if reader.recognizes(directory)), None)
             if reader is None:
-                names = ", ".join(sorted(entry.name for entry in directory.iterdir())[:10])
-                raise CheckpointError(path, [f"holds no checkpoint of a known format, but {names or 'nothing'}"])
+                raise CheckpointError(path, unknown_faults(directory, self._readers))
             try:
                 checkpoint = detached(reader.read(directory))
             except CheckpointError as error:

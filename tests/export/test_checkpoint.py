@@ -3,18 +3,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.checkpoint import Checkpoint, build_model, read_checkpoint, write_native_checkpoint
+from export.checkpoint import Checkpoint, build_model, read_checkpoint, with_languages, write_native_checkpoint
 from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
 from export.model import ModelConfig, Transformer
-from serving.bundle import LanguagePair, TokenizerSpec
+from serving.bundle import LanguagePair, LanguageTokens, TokenizerSpec
 from serving.errors import CheckpointError
 from tests.support import (
     SAMPLE_LINES,
@@ -183,10 +184,10 @@ def test_a_directory_that_is_missing(tmp_path: Path) -> None:
 def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    (fault,) = faults_of(tmp_path)
-    assert fault.startswith("it is of no known format. Known: ")
+    faults = faults_of(tmp_path)
+    told = "\n".join(faults[faults.index("it is of no known format, which are:") :])
     for known in ('native (config.json with "format": "onnxlate-checkpoint"', '"model_type": "marian"', "CTranslate2 (model.bin"):
-        assert known in fault
+        assert known in told
 
 
 def test_a_config_that_is_cut(directory: Path) -> None:
@@ -352,3 +353,31 @@ def test_a_tokenizer_file_may_be_in_its_place_already(directory: Path) -> None:
     checkpoint: Checkpoint = read_checkpoint(directory)
     assert checkpoint.name == "again"
     assert (directory / TOKENIZER_NAME).read_bytes() == tiny_sentencepiece()
+
+
+PAIRS = [LanguagePair(source="en", target="de"), LanguagePair(source="de", target="fr")]
+
+
+def test_languages_that_the_user_states(directory: Path) -> None:
+    assert with_languages(read_checkpoint(directory), PAIRS).languages == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("before_source", "codes", "unknown"),
+    [
+        ("source", ("de", "en", "fr"), None),
+        ("source", ("de", "fr"), "'en'"),
+        ("target", ("de", "fr"), None),
+        ("target", (), "'de', 'fr'"),
+    ],
+)
+def test_languages_of_a_model_that_is_told_them_by_tokens(
+    directory: Path, before_source: Literal["source", "target"], codes: tuple[str, ...], unknown: str | None
+) -> None:
+    tokens = LanguageTokens(tokens={code: i for i, code in enumerate(codes)}, before_source=before_source, before_target=False)
+    checkpoint = replace(read_checkpoint(directory), language_tokens=tokens, languages=[])
+    if unknown is None:
+        assert with_languages(checkpoint, PAIRS).languages == PAIRS
+        return
+    with pytest.raises(CheckpointError, match=f"languages: the model has no token for {unknown}$"):
+        with_languages(checkpoint, PAIRS)

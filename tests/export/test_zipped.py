@@ -64,8 +64,8 @@ def test_something_else(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             for member in members:
                 archive.writestr(member, b"")
-    assert faults_of(tmp_path / "none.zip") == ("holds no checkpoint of a known format, but nothing",)
-    assert faults_of(tmp_path / "some.zip") == ("holds no checkpoint of a known format, but a.txt, b",)
+    assert faults_of(tmp_path / "none.zip")[:2] == ("it is an empty directory", "it is of no known format, which are:")
+    assert faults_of(tmp_path / "some.zip")[0] == "it holds a.txt, b"
     (tmp_path / "broken.zip").write_bytes(b"PK")
     assert faults_of(tmp_path / "broken.zip") == ("cannot be unpacked: File is not a zip file",)
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from serving import server as server_module
-from serving.bundle import Bundle
+from serving.bundle import Bundle, LanguagePair
 from serving.cli import main
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import EngineError, OverloadedError, ServerStartError
@@ -202,6 +202,10 @@ def test_no_server_is_one_line() -> None:
         pytest.param(["serve", "b", "--device", "tpu"], id="no device"),
         pytest.param(["export", "c"], id="nothing to write"),
         pytest.param(["export", "c", "b", "--precision", "fp8"], id="no precision"),
+        *(
+            pytest.param(["export", "c", "b", "--languages", pair], id=f"no pair: {pair}")
+            for pair in ("en", "en:", ":de", "a:b:c")
+        ),
         pytest.param(["fly"], id="no command"),
     ],
 )
@@ -314,8 +318,10 @@ def test_inspect_tells_every_fault(tmp_path: Path) -> None:
 def test_export_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("export.pipeline.export_bundle", lambda *arguments, **options: seen.append((arguments, options)))
-    assert run("export", "checkpoint", "bundle", "--precision", "int8", "--overwrite").exit_code == 0
-    assert seen == [((Path("checkpoint"), Path("bundle")), {"precision": "int8", "overwrite": True})]
+    pairs = (LanguagePair(source="en", target="de"), LanguagePair(source="en", target="zh-Hant"))
+    stated = ("--languages", "en:de", "--languages", "en:zh-Hant")
+    assert run("export", "checkpoint", "bundle", "--precision", "int8", *stated, "--overwrite").exit_code == 0
+    assert seen == [((Path("checkpoint"), Path("bundle")), {"precision": "int8", "languages": pairs, "overwrite": True})]
 
 
 def test_export_without_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
