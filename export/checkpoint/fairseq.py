@@ -82,7 +82,7 @@ class FairseqReader:
         if len(models) != 1:
             names = ", ".join(model.name for model in models)
             raise CheckpointError(
-                path, [f"one checkpoint is needed, and there are several: {names}; an ensemble is not supported"]
+                path, [f"one checkpoint is needed, and there are several: {names}; give one of them instead of the directory"]
             )
         model_path = models[0]
         document = read_pickle(model_path, CLASSES, _CONVERSION, faults)

@@ -7,8 +7,8 @@ the ``.npz`` itself, with the others beside it. Where the vocabularies are no Se
 (``marian_npz_config.py``), files (``marian_npz_files.py``) or what a checkpoint becomes.
 
 **Settings** that make the architecture are read, with Marian's defaults; those that would make one that this project's module has
-no place for are refused, all at once. Dropout and the like are for training only, and how to search is a request's business. An
-ensemble is refused.
+no place for are refused, all at once. Dropout and the like are for training only. ``normalize`` of ``decoder.yml`` is a bundle's
+default, how wide its beams were is recorded; the rest of a search is a request's business. An ensemble is refused.
 
 **What Marian does its own way** (marian-dev: src/models/transformer.h, src/layers/generic.h, src/tensors/cpu): the decoder starts
 from a vector of zeros instead of a token, for which a token without embedding is added here; positions are sines, then cosines,
@@ -41,6 +41,7 @@ from export.checkpoint.marian_npz_files import (
     read_decoder_settings,
     read_languages,
     read_vocabularies,
+    search_options,
 )
 from export.checkpoint.vocabulary import END_TOKEN, choose_tokenizer
 from export.model import ModelConfig
@@ -82,6 +83,7 @@ class MarianNpzReader:
         vocabularies = read_vocabularies(vocabulary_paths, faults) if vocabulary_paths else None
         arrays = read_npz(model_path, faults) if model_path else {}
         settings = read_settings(model_path, arrays, faults) if model_path and arrays else None
+        defaults, num_beams = search_options(decoder_settings, faults)
         sample_lines = read_samples(directory, faults)
         if model_path is None or settings is None or vocabularies is None:
             raise CheckpointError(path, faults)
@@ -99,6 +101,11 @@ class MarianNpzReader:
             raise CheckpointError(path, faults)
         language_tokens = vocabularies.language_tokens()
         warnings = choice.warnings
+        if (penalty := decoder_settings.get("word-penalty", "0")) not in ("0", "0.0"):
+            warnings = (
+                *warnings,
+                f"{DECODER_CONFIG_NAME}: word-penalty: {penalty!r} is left out; translations may be of other lengths than its makers'",
+            )
         if config.norm == "pre":
             warnings = (
                 *warnings,
@@ -111,6 +118,8 @@ class MarianNpzReader:
             tensors=tensors,
             languages=[] if language_tokens else read_languages(model_path),
             language_tokens=language_tokens,
+            defaults=defaults,
+            num_beams=num_beams,
             tokenizer=choice.spec,
             tokenizer_files=choice.files,
             weights_sha256=file_sha256(model_path),

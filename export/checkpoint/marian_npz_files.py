@@ -5,6 +5,7 @@ Knows usual names, and that paths in ``decoder.yml`` are those of the machine th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -13,7 +14,7 @@ import sentencepiece
 
 from export.checkpoint.plain_yaml import read_yaml
 from export.checkpoint.vocabulary import Vocabularies
-from serving.bundle import LanguagePair
+from serving.bundle import DefaultOptions, LanguagePair
 
 MODEL_NAME = "model.npz"
 DECODER_CONFIG_NAME = "decoder.yml"
@@ -35,6 +36,8 @@ _VOCABULARY_PATTERNS = (
     ("vocab.*.spm",),
     ("vocab.json",),
 )
+# What a flag is as a number.
+_FLAGS = {"true": "1", "false": "0"}
 _FURTHER_MARKERS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
@@ -66,6 +69,23 @@ def read_decoder_settings(path: Path, faults: list[str]) -> dict[str, Any]:
             faults.append(f"{name}: cannot be read: {error}")
             break
     return {}
+
+
+def search_options(decoder_settings: Mapping[str, Any], faults: list[str]) -> tuple[DefaultOptions, int | None]:
+    """How the model's makers search: what a bundle has as defaults, and the number of beams; None where they do not say."""
+    normalize, beam_size = decoder_settings.get("normalize"), decoder_settings.get("beam-size")
+    defaults, num_beams = DefaultOptions(), None
+    try:
+        # The exponent of a length, the end-of-sentence token counted (src/translator/history.h).
+        if normalize is not None:
+            defaults = DefaultOptions(length_penalty=float(_FLAGS.get(normalize, normalize)))
+    except (TypeError, ValueError):
+        faults.append(f"{DECODER_CONFIG_NAME}: normalize: {normalize!r} is no exponent of a length, at most 10")
+    if isinstance(beam_size, str) and re.fullmatch("[1-9][0-9]{0,3}", beam_size):
+        num_beams = int(beam_size)
+    elif beam_size is not None:
+        faults.append(f"{DECODER_CONFIG_NAME}: beam-size: {beam_size!r} is no number of beams")
+    return defaults, num_beams
 
 
 def find_model(directory: Path, decoder_settings: Mapping[str, Any], faults: list[str]) -> Path | None:

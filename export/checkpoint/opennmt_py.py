@@ -124,7 +124,9 @@ class OpenNmtPyReader:
         models = sorted(path.glob("*.pt")) if path.is_dir() else [path]
         if len(models) != 1:
             names = ", ".join(model.name for model in models)
-            raise CheckpointError(path, [f"one model is needed, and there are several: {names}; an ensemble is not supported"])
+            raise CheckpointError(
+                path, [f"one model is needed, and there are several: {names}; give one of them instead of the directory"]
+            )
         model_path = models[0]
         document = read_pickle(model_path, CLASSES, _CONVERSION, faults)
         if not document:

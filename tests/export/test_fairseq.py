@@ -435,5 +435,5 @@ def test_several_checkpoints(directory: Path) -> None:
     (directory / "checkpoint_best.pt").rename(directory / "model1.pt")
     (directory / "model2.pt").write_bytes(b"")
     assert faults_of(directory) == (
-        "one checkpoint is needed, and there are several: model1.pt, model2.pt; an ensemble is not supported",
+        "one checkpoint is needed, and there are several: model1.pt, model2.pt; give one of them instead of the directory",
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import LanguagePair, LanguageTokens
+from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
@@ -79,6 +79,7 @@ def test_reads_a_whole_directory(directory: Path) -> None:
     assert checkpoint.tokenizer.kind == "marian"
     assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.npz").read_bytes()).hexdigest()
     assert checkpoint.warnings == ()
+    assert (checkpoint.defaults.length_penalty, checkpoint.num_beams) == (1.0, 6)
     config = checkpoint.config
     assert (config.target_vocab_size, config.decoder_start_id) == (VOCAB_SIZE + 1, VOCAB_SIZE)
     assert config.eos_id == VOCABULARY["</s>"]
@@ -475,6 +476,41 @@ def test_a_directory_without_a_model(directory: Path) -> None:
     (directory / "model.npz").unlink()
     (directory / "decoder.yml").write_text("vocabs: [vocab.yml, vocab.yml]\n")
     assert faults_of(directory) == ("a model is needed: none, model.npz is missing",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length_penalty", "num_beams"),
+    [
+        ("", 1.0, None),
+        ("normalize: 0.6\nbeam-size: 12\n", 0.6, 12),
+        ("normalize: 0\n", 0.0, None),
+        ("normalize: true\n", 1.0, None),
+        ("normalize: false\n", 0.0, None),
+    ],
+    ids=ascii,
+)
+def test_how_its_makers_search(directory: Path, settings: str, length_penalty: float, num_beams: int | None) -> None:
+    (directory / "decoder.yml").write_text(f"models: [model.npz]\nvocabs: [vocab.yml, vocab.yml]\n{settings}")
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.defaults == DefaultOptions(length_penalty=length_penalty)
+    assert checkpoint.num_beams == num_beams
+    assert checkpoint.warnings == ()
+
+
+def test_a_word_penalty_is_left_out_with_a_warning(directory: Path) -> None:
+    (directory / "decoder.yml").write_text(f"{DECODER}word-penalty: 0.2\n")
+    (warning,) = read_checkpoint(directory).warnings
+    assert warning.startswith("decoder.yml: word-penalty: '0.2' is left out")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["normalize: much", "normalize: nan", "normalize: 11", "normalize: [1]", "beam-size: 0", "beam-size: 1.5", "beam-size: [2]"],
+)
+def test_a_search_that_is_none(directory: Path, setting: str) -> None:
+    (directory / "decoder.yml").write_text(f"models: [model.npz]\nvocabs: [vocab.yml, vocab.yml]\n{setting}\n")
+    (fault,) = faults_of(directory)
+    assert fault.startswith(f"decoder.yml: {setting.partition(':')[0]}: ")
 
 
 def change_wrongly(arrays: dict[str, NDArray[Any]]) -> None:

@@ -403,5 +403,5 @@ def test_a_file_that_cannot_be_read(directory: Path, contents: bytes) -> None:
 def test_several_models(directory: Path) -> None:
     (directory / "other.pt").write_bytes(b"")
     assert faults_of(directory) == (
-        "one model is needed, and there are several: model.pt, other.pt; an ensemble is not supported",
+        "one model is needed, and there are several: model.pt, other.pt; give one of them instead of the directory",
     )
