@@ -104,7 +104,7 @@ class MarianNpzReader:
         if (penalty := decoder_settings.get("word-penalty", "0")) not in ("0", "0.0"):
             warnings = (
                 *warnings,
-                f"{DECODER_CONFIG_NAME}: word-penalty: {penalty!r} is left out; translations may be of other lengths than its makers'",
+                f"{DECODER_CONFIG_NAME}: word-penalty: {penalty!r} is left out; translations may be longer or shorter",
             )
         if config.norm == "pre":
             warnings = (

@@ -2,9 +2,9 @@
 
 A checkpoint of fairseq or OpenNMT-py has more than tensors: settings are an ``argparse.Namespace`` or OmegaConf's containers, a
 vocabulary is an object of torchtext. To load these classes would be to run their code, and code that a pickle chooses. None is
-loaded: ``torch.load(weights_only=True)`` makes nothing but what it is told to, and it is told to make a ``StandIn`` wherever the
-file says one of a short list of names. Knows how to load so and how to read settings from what was loaded; does not know which
-names a tool has (``fairseq_config.py``, ``opennmt_py_vocabulary.py``).
+loaded: beside tensors and plain values ``torch.load(weights_only=True)`` makes only what it is told to, and it is told to make a
+``StandIn`` wherever the file says one of a short list of names. Knows how to load so and how to read settings from what was
+loaded; does not know which names a tool has (``fairseq_config.py``, ``opennmt_py_vocabulary.py``).
 
 **Why this is safe.** A pickle can do three things with a name that is allowed: call it, make an object of it, and give that
 object a state. With a stand-in, each only stores what it was given, in two attributes that nothing here calls, compares or
