@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 from serving.errors import InvalidRequestError, OnnxlateError
-from serving.preparation import UNTOLD, Direction, RequestOptions, TextPreparer, Translation
+from serving.preparation import UNTOLD, Direction, TextPreparer, Translation
 from serving.request import Outcome, Sequence
+from serving.request_options import RequestOptions
 from serving.translator import DecodingEngine
 
 _T = TypeVar("_T")

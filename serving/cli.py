@@ -23,7 +23,8 @@ from serving.version import package_version
 
 if TYPE_CHECKING:
     from serving.client import RemoteTranslation
-    from serving.preparation import RequestOptions, Translation
+    from serving.preparation import Translation
+    from serving.request_options import RequestOptions
 
 
 class _Seconds(click.FloatRange):
@@ -168,7 +169,7 @@ def translate(
 
     With --num-hypotheses above 1, each line gives up to so many, as LINE NUMBER<TAB>SCORE<TAB>TEXT.
     """
-    from serving.preparation import RequestOptions
+    from serving.request_options import RequestOptions
 
     options = RequestOptions(
         beam_size=beam_size,

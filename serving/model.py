@@ -13,7 +13,8 @@ from serving.bundle import Manifest, read_bundle
 from serving.config import EngineConfig, RequestLimits
 from serving.errors import ServerStartError
 from serving.observer import EngineObserver
-from serving.preparation import ModelDescription, TextPreparer, TranslationLimits
+from serving.preparation import ModelDescription, TextPreparer
+from serving.request_options import TranslationLimits
 from serving.tokenizers import load_tokenizer
 from serving.translator import DecodingEngine
 from serving.version import package_version

@@ -1,58 +1,23 @@
-"""From what a caller asks to what the engine decodes, and back: bounds, defaults, tokens.
+"""From what a caller asks to what the engine decodes, and back: defaults, tokens, text.
 
 Knows text, options, limits and the tokenizer; does not know the engine, threads, event loops, messages or files.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
-from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sampling, Sequence, SequenceTimings
+from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence, SequenceTimings
+from serving.request_options import RequestOptions, TranslationLimits, check_options, default
 from serving.tokenizers import Tokenizer
 
-_T = TypeVar("_T")
-
-# Beyond this, length alone decides. It also keeps length^length_penalty far within what a float holds.
-_MAX_LENGTH_PENALTY = 10.0
-_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 10.0
-_MOST_REPETITION_PENALTY = 100.0
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 100.0
-_MOST_TOP_K = 2**31 - 1
 # A text of more characters than this for each token it may have is refused before it is tokenized, because tokenizing megabytes
 # would hold up everybody else. A SentencePiece piece has at most 16 characters unless a model was trained otherwise.
 _MAX_CHARACTERS_PER_TOKEN = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOptions:
-    """How the caller wants it decoded; None takes the default, which is the model's own where its bundle has one."""
-
-    # Hypotheses kept alive at each step; default 1, greedy.
-    beam_size: int | None = None
-    # Hypotheses returned for each text; default 1.
-    num_hypotheses: int | None = None
-    # score = log-probability / length^length_penalty; default 1.
-    length_penalty: float | None = None
-    # The end-of-sentence token is not taken before so many tokens; default 0.
-    min_target_tokens: int | None = None
-    # A hypothesis ends at so many tokens; the default is for each text twice its source tokens and 32 more, within the limit.
-    max_target_tokens: int | None = None
-    # Whether hypotheses carry their scores; default False, which makes greedy decoding faster.
-    return_scores: bool | None = None
-    # With beams: stop when ``patience`` times ``beam_size`` hypotheses have ended; default False: when none can become better.
-    early_stopping: bool | None = None
-    patience: float | None = None
-    # Above 1, tokens that the target has already become less probable; default 1.
-    repetition_penalty: float | None = None
-    # No so many tokens in a row come twice; default 0, they may.
-    no_repeat_ngram_size: int | None = None
-    # Draw tokens instead of taking the most probable ones; default None.
-    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,18 +43,6 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TranslationLimits:
-    """What the server and the model together allow."""
-
-    max_texts_per_request: int
-    # With the end-of-sentence token.
-    max_source_tokens: int
-    max_target_tokens: int
-    max_beam_size: int
-    max_request_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """What a caller may know of the model and its server, beside languages and limits."""
 
@@ -112,21 +65,6 @@ class Direction:
 
 # Of a model that need not be told.
 UNTOLD = Direction()
-
-
-def _default(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
-
-
-def _bounded(name: str, value: int, low: int, high: int, high_is: str = "") -> int:
-    if not low <= value <= high:
-        raise InvalidRequestError(f"options.{name}", f"must be from {low} to {high}{high_is}, not {value}")
-    return value
-
-
-def _bounded_number(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN too
-        raise InvalidRequestError(f"options.{name}", f"must be from {low:g} to {high:g}, not {value:g}")
 
 
 def _some(codes: Iterable[str], most: int = 20) -> str:
@@ -196,56 +134,21 @@ class TextPreparer:
             raise InvalidRequestError("target_language", f"the model translates into {known}, not into {target_language[:20]!r}")
 
     def check_options(self, options: RequestOptions) -> None:
-        """Refuse options out of bounds, before any text is looked at.
-
-        Raises:
-            InvalidRequestError: naming the option as the protocol spells it, for example ``options.beam_size``.
-        """
-        limits, options = self.limits, self._with_defaults(options)
-        beam_size = _bounded("beam_size", _default(options.beam_size, 1), 1, limits.max_beam_size)
-        _bounded("num_hypotheses", _default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
-        penalty = _default(options.length_penalty, 1.0)
-        if not (math.isfinite(penalty) and abs(penalty) <= _MAX_LENGTH_PENALTY):
-            reason = f"must be from {-_MAX_LENGTH_PENALTY:g} to {_MAX_LENGTH_PENALTY:g}, not {penalty:g}"
-            raise InvalidRequestError("options.length_penalty", reason)
-        self._check_beams(options, beam_size)
-        self._check_token_rules(options)
-        if options.max_target_tokens is None:
-            _bounded("min_target_tokens", _default(options.min_target_tokens, 0), 0, limits.max_target_tokens)
-        else:
-            longest = _bounded("max_target_tokens", options.max_target_tokens, 1, limits.max_target_tokens)
-            _bounded("min_target_tokens", _default(options.min_target_tokens, 0), 0, longest, " (max_target_tokens)")
-
-    def _check_beams(self, options: RequestOptions, beam_size: int) -> None:
-        _bounded_number("patience", _default(options.patience, 1.0), _LEAST_PATIENCE, _MOST_PATIENCE)
-        if options.patience is not None and not options.early_stopping:
-            raise InvalidRequestError("options.patience", "has a meaning with options.early_stopping only")
-        if options.sampling is not None and beam_size != 1:
-            raise InvalidRequestError("options.sampling", f"draws greedily: options.beam_size must be 1, not {beam_size}")
-
-    def _check_token_rules(self, options: RequestOptions) -> None:
-        penalty = _default(options.repetition_penalty, 1.0)
-        _bounded_number("repetition_penalty", penalty, 1 / _MOST_REPETITION_PENALTY, _MOST_REPETITION_PENALTY)
-        _bounded("no_repeat_ngram_size", _default(options.no_repeat_ngram_size, 0), 0, self.limits.max_target_tokens)
-        if (sampling := options.sampling) is not None:
-            _bounded("sampling.top_k", sampling.top_k, 0, _MOST_TOP_K)
-            if not 0 < sampling.top_p <= 1:
-                raise InvalidRequestError("options.sampling.top_p", f"must be above 0 and at most 1, not {sampling.top_p:g}")
-            _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
-            _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
+        """Refuse options out of bounds; see ``request_options.check_options``."""
+        check_options(self._with_defaults(options), self.limits)
 
     def _with_defaults(self, options: RequestOptions) -> RequestOptions:
         """Options with the model's own in the place of those that are not set, but for the longest length."""
         defaults = self.defaults
         # A caller who wants it short means it.
-        longest = _default(options.max_target_tokens, self.limits.max_target_tokens)
+        longest = default(options.max_target_tokens, self.limits.max_target_tokens)
         return replace(
             options,
-            length_penalty=_default(options.length_penalty, defaults.length_penalty),
-            early_stopping=_default(options.early_stopping, defaults.early_stopping),
-            repetition_penalty=_default(options.repetition_penalty, defaults.repetition_penalty),
-            no_repeat_ngram_size=_default(options.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
-            min_target_tokens=_default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
+            length_penalty=default(options.length_penalty, defaults.length_penalty),
+            early_stopping=default(options.early_stopping, defaults.early_stopping),
+            repetition_penalty=default(options.repetition_penalty, defaults.repetition_penalty),
+            no_repeat_ngram_size=default(options.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
+            min_target_tokens=default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
         )
 
     def check_count(self, num_texts: int) -> None:
@@ -302,23 +205,23 @@ class TextPreparer:
         the model has a default of its own, it is the lower of the two.
         """
         defaults, options = self.defaults, self._with_defaults(options)
-        shortest = _default(options.min_target_tokens, 0)
-        rule = min(2 * source_tokens + 32, _default(defaults.max_target_tokens, self.limits.max_target_tokens))
+        shortest = default(options.min_target_tokens, 0)
+        rule = min(2 * source_tokens + 32, default(defaults.max_target_tokens, self.limits.max_target_tokens))
         rule = max(rule, shortest + 1)
         # The model's own prefix is no part of the answer, and of no length that a caller gives.
         hidden = len(direction.before_target)
         sampling = options.sampling
         return DecodingOptions(
-            beam_size=_default(options.beam_size, 1),
-            num_hypotheses=_default(options.num_hypotheses, 1),
-            length_penalty=_default(options.length_penalty, 1.0),
+            beam_size=default(options.beam_size, 1),
+            num_hypotheses=default(options.num_hypotheses, 1),
+            length_penalty=default(options.length_penalty, 1.0),
             min_target_tokens=shortest + hidden,
-            max_target_tokens=_default(options.max_target_tokens, min(rule, self.limits.max_target_tokens)) + hidden,
-            return_scores=_default(options.return_scores, False),
-            early_stopping=_default(options.early_stopping, False),
-            patience=_default(options.patience, 1.0),
-            repetition_penalty=_default(options.repetition_penalty, 1.0),
-            no_repeat_ngram_size=_default(options.no_repeat_ngram_size, 0),
+            max_target_tokens=default(options.max_target_tokens, min(rule, self.limits.max_target_tokens)) + hidden,
+            return_scores=default(options.return_scores, False),
+            early_stopping=default(options.early_stopping, False),
+            patience=default(options.patience, 1.0),
+            repetition_penalty=default(options.repetition_penalty, 1.0),
+            no_repeat_ngram_size=default(options.no_repeat_ngram_size, 0),
             suppressed=tuple(map(tuple, defaults.suppressed)),
             rules_of_generate=defaults.rules_of_generate,
             ends_when_cut=defaults.ends_when_cut,

@@ -15,8 +15,9 @@ import grpc
 from serving.errors import ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.pb import translation_pb2_grpc as pb_grpc
-from serving.preparation import ModelDescription, RequestOptions, TextHypothesis, Translation
+from serving.preparation import ModelDescription, TextHypothesis, Translation
 from serving.request import FinishReason, Sampling
+from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, StreamPiece, TranslateCommand, Translator
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name

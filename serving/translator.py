@@ -15,8 +15,9 @@ from typing import Protocol
 
 from serving.errors import DeadlineExceededError
 from serving.mailbox import Mailbox
-from serving.preparation import RequestOptions, TextPreparer, Translation
+from serving.preparation import TextPreparer, Translation
 from serving.request import Outcome, Sequence
+from serving.request_options import RequestOptions
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.

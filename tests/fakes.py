@@ -9,8 +9,9 @@ from collections.abc import Sequence as Sequence_
 
 from serving.errors import RequestCancelledError, ShuttingDownError
 from serving.model import ServedModel
-from serving.preparation import ModelDescription, TextPreparer, TranslationLimits
+from serving.preparation import ModelDescription, TextPreparer
 from serving.request import FinishReason, Hypothesis, Outcome, Sequence, SequenceTimings
+from serving.request_options import TranslationLimits
 
 EOS_ID = 1
 _FIRST_BYTE_ID = 10

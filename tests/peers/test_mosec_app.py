@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.preparation import RequestOptions
+from serving.request_options import RequestOptions
 from tests.fakes import fake_limits, fake_preparer
 
 pytest.importorskip("mosec", reason="mosec is not installed; make bench does it")

@@ -26,8 +26,8 @@ from export.pipeline import export_bundle
 from serving.config import EngineConfig, RequestLimits
 from serving.model import ServedModel, load_model
 from serving.observer import NullObserver
-from serving.preparation import RequestOptions
 from serving.request import FinishReason, Hypothesis, Outcome
+from serving.request_options import RequestOptions
 from tests.peers import test_hugging_face_families as families
 from tests.published_models import PUBLISHED, PublishedModel
 from tests.support import SAMPLE_LINES, TINY_LINES

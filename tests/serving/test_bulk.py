@@ -8,7 +8,7 @@ import pytest
 
 from serving.bulk import Window, read_lines, through_engine, through_server
 from serving.errors import InvalidRequestError
-from serving.preparation import RequestOptions
+from serving.request_options import RequestOptions
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_preparer, hold, shouted
 
 

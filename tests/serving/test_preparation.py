@@ -10,8 +10,9 @@ import pytest
 
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
-from serving.preparation import UNTOLD, Direction, RequestOptions, TextPreparer
+from serving.preparation import UNTOLD, Direction, TextPreparer
 from serving.request import Sampling
+from serving.request_options import RequestOptions
 from tests.fakes import EOS_ID, ByteTokenizer, fake_limits
 
 CODES = {"de": 901, "en": 902, "fr": 903}

@@ -28,8 +28,8 @@ from serving.metrics import ServiceMetrics
 from serving.model import ServedModel, limits_of, load_model
 from serving.observer import NullObserver
 from serving.pb import translation_pb2 as pb
-from serving.preparation import RequestOptions
 from serving.request import DecodingOptions
+from serving.request_options import RequestOptions
 from serving.server import TranslationServer, _channel_options
 from serving.servicer import SERVICE_NAME
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold

@@ -8,8 +8,8 @@ import pytest
 
 from serving.errors import InvalidRequestError, ModelLoadingError
 from serving.pb import translation_pb2 as pb
-from serving.preparation import RequestOptions
 from serving.request import FinishReason, Hypothesis, Outcome
+from serving.request_options import RequestOptions
 from serving.servicer import _FINISH_REASONS, SERVICE_NAME, TranslationServicer
 from serving.translator import Translator
 from tests.fakes import FakeClock, ScriptedEngine, fake_model

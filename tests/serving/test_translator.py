@@ -15,8 +15,9 @@ from serving.errors import (
     OverloadedError,
     ShuttingDownError,
 )
-from serving.preparation import RequestOptions, TextPreparer, Translation
+from serving.preparation import TextPreparer, Translation
 from serving.request import DecodingOptions, FinishReason, Outcome
+from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, TranslateCommand, Translator
 from tests.fakes import PATIENCE_S, ByteTokenizer, FakeClock, ScriptedEngine, fake_limits, fake_preparer, hold, shouted
 

@@ -1,0 +1,118 @@
+"""What a caller may ask of decoding, and the bounds of it.
+
+Knows options and limits; does not know text, tokens, languages, messages or the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from serving.errors import InvalidRequestError
+from serving.request import Sampling
+
+_T = TypeVar("_T")
+
+# Beyond this, length alone decides. It also keeps length^length_penalty far within what a float holds.
+_MAX_LENGTH_PENALTY = 10.0
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 10.0
+_MOST_REPETITION_PENALTY = 100.0
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 100.0
+_MOST_TOP_K = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """How the caller wants it decoded; None takes the default, which is the model's own where its bundle has one."""
+
+    # Hypotheses kept alive at each step; default 1, greedy.
+    beam_size: int | None = None
+    # Hypotheses returned for each text; default 1.
+    num_hypotheses: int | None = None
+    # score = log-probability / length^length_penalty; default 1.
+    length_penalty: float | None = None
+    # The end-of-sentence token is not taken before so many tokens; default 0.
+    min_target_tokens: int | None = None
+    # A hypothesis ends at so many tokens; the default is for each text twice its source tokens and 32 more, within the limit.
+    max_target_tokens: int | None = None
+    # Whether hypotheses carry their scores; default False, which makes greedy decoding faster.
+    return_scores: bool | None = None
+    # With beams: stop when ``patience`` times ``beam_size`` hypotheses have ended; default False: when none can become better.
+    early_stopping: bool | None = None
+    patience: float | None = None
+    # Above 1, tokens that the target has already become less probable; default 1.
+    repetition_penalty: float | None = None
+    # No so many tokens in a row come twice; default 0, they may.
+    no_repeat_ngram_size: int | None = None
+    # Draw tokens instead of taking the most probable ones; default None.
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TranslationLimits:
+    """What the server and the model together allow."""
+
+    max_texts_per_request: int
+    # With the end-of-sentence token.
+    max_source_tokens: int
+    max_target_tokens: int
+    max_beam_size: int
+    max_request_s: float
+
+
+def default(value: _T | None, otherwise: _T) -> _T:
+    """What was asked for, or else this."""
+    return otherwise if value is None else value
+
+
+def _bounded(name: str, value: int, low: int, high: int, high_is: str = "") -> int:
+    if not low <= value <= high:
+        raise InvalidRequestError(f"options.{name}", f"must be from {low} to {high}{high_is}, not {value}")
+    return value
+
+
+def _bounded_number(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN too
+        raise InvalidRequestError(f"options.{name}", f"must be from {low:g} to {high:g}, not {value:g}")
+
+
+def check_options(options: RequestOptions, limits: TranslationLimits) -> None:
+    """Refuse options out of bounds, before any text is looked at.
+
+    Raises:
+        InvalidRequestError: naming the option as the protocol spells it, for example ``options.beam_size``.
+    """
+    beam_size = _bounded("beam_size", default(options.beam_size, 1), 1, limits.max_beam_size)
+    _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
+    penalty = default(options.length_penalty, 1.0)
+    if not (math.isfinite(penalty) and abs(penalty) <= _MAX_LENGTH_PENALTY):
+        reason = f"must be from {-_MAX_LENGTH_PENALTY:g} to {_MAX_LENGTH_PENALTY:g}, not {penalty:g}"
+        raise InvalidRequestError("options.length_penalty", reason)
+    _check_beams(options, beam_size)
+    _check_token_rules(options, limits)
+    if options.max_target_tokens is None:
+        _bounded("min_target_tokens", default(options.min_target_tokens, 0), 0, limits.max_target_tokens)
+    else:
+        longest = _bounded("max_target_tokens", options.max_target_tokens, 1, limits.max_target_tokens)
+        _bounded("min_target_tokens", default(options.min_target_tokens, 0), 0, longest, " (max_target_tokens)")
+
+
+def _check_beams(options: RequestOptions, beam_size: int) -> None:
+    _bounded_number("patience", default(options.patience, 1.0), _LEAST_PATIENCE, _MOST_PATIENCE)
+    if options.patience is not None and not options.early_stopping:
+        raise InvalidRequestError("options.patience", "has a meaning with options.early_stopping only")
+    if options.sampling is not None and beam_size != 1:
+        raise InvalidRequestError("options.sampling", f"draws greedily: options.beam_size must be 1, not {beam_size}")
+
+
+def _check_token_rules(options: RequestOptions, limits: TranslationLimits) -> None:
+    penalty = default(options.repetition_penalty, 1.0)
+    _bounded_number("repetition_penalty", penalty, 1 / _MOST_REPETITION_PENALTY, _MOST_REPETITION_PENALTY)
+    _bounded("no_repeat_ngram_size", default(options.no_repeat_ngram_size, 0), 0, limits.max_target_tokens)
+    if (sampling := options.sampling) is not None:
+        _bounded("sampling.top_k", sampling.top_k, 0, _MOST_TOP_K)
+        if not 0 < sampling.top_p <= 1:
+            raise InvalidRequestError("options.sampling.top_p", f"must be above 0 and at most 1, not {sampling.top_p:g}")
+        _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
+        _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
