@@ -209,6 +209,8 @@ class SubwordNmtTokenizerSpec(_Record):
 
     kind: Literal["subword_nmt"]
     source_codes: Text
+    # None: it only cuts sources, so that no text can be asked of a target.
+    target_codes: Text | None = None
     source_vocabulary: Text
     target_vocabulary: Text
     # What a piece that the source vocabulary lacks becomes.
@@ -221,7 +223,8 @@ class SubwordNmtTokenizerSpec(_Record):
     @property
     def file_names(self) -> list[str]:
         """Its files, each once."""
-        return list(dict.fromkeys((self.source_codes, self.source_vocabulary, self.target_vocabulary)))
+        codes = (self.source_codes, *(() if self.target_codes is None else (self.target_codes,)))
+        return list(dict.fromkeys((*codes, self.source_vocabulary, self.target_vocabulary)))
 
 
 # Which files cut text into tokens, and how; another kind is another class here and another module in ``tokenizers/``.

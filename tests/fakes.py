@@ -13,17 +13,30 @@ from serving.preparation import ModelDescription, TextPreparer
 from serving.request import FinishReason, Hypothesis, Outcome, Sequence, SequenceTimings
 from serving.request_options import TranslationLimits
 
-EOS_ID = 1
+EOS_ID, UNKNOWN_ID = 1, 2
 _FIRST_BYTE_ID = 10
 # Waiting that long for something that has to happen is a failure.
 PATIENCE_S = 20.0
 
 
 class ByteTokenizer:
-    """A token for each byte of UTF-8."""
+    """A token for each byte of UTF-8. Targets have no zero bytes."""
 
     def encode(self, text: str) -> list[int]:
         return [_FIRST_BYTE_ID + byte for byte in text.encode()]
+
+    @property
+    def unknown_target_id(self) -> int | None:
+        return UNKNOWN_ID
+
+    def encode_target(self, text: str) -> list[int] | None:
+        return None if "\0" in text else self.encode(text)
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        return [ids for one in (text, f" {text}") if (ids := self.encode_target(one)) is not None]
+
+    def target_id(self, token: str) -> int | None:
+        return _FIRST_BYTE_ID + ord(token) if len(token) == 1 and token.isascii() else None
 
     def decode(self, ids: Sequence_[int]) -> str:
         return bytes(id_ - _FIRST_BYTE_ID for id_ in ids if id_ >= _FIRST_BYTE_ID).decode(errors="replace")

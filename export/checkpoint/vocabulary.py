@@ -35,7 +35,12 @@ _SENTENCEPIECE_NAMES = (
     ("source.spm", "target.spm"),
     *((name, name) for name in ("sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm.bpe.model")),
 )
-_CODES_NAMES = ("source.bpe", "bpecodes", "bpe.codes", "codes.bpe", "bpe_codes", "codes")
+_CODES_NAMES = (
+    ("source.bpe", "target.bpe"),
+    ("source.bpe",),
+    # Of both sides.
+    *((name, name) for name in ("bpecodes", "bpe.codes", "codes.bpe", "bpe_codes", "codes")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +108,7 @@ def choose_tokenizer(
         vocabularies: of the model; without faults.
         faults: of the whole checkpoint so far; None is returned after another.
         sentencepiece: names of models (source, target) to look for before the usual ones.
-        codes: names of byte-pair codes to look for before the usual ones.
+        codes: names of byte-pair codes, of both sides, to look for before the usual ones.
         moses: how words are cut before byte-pair codes are applied, where the model says so.
     """
     files, source_name, target_name = _vocabulary_files(vocabularies)
@@ -128,17 +133,18 @@ def choose_tokenizer(
         known = [token for token in special_tokens if token in json_ids]
         spec = HuggingFaceTokenizerSpec(kind="hugging_face", tokenizer=TOKENIZER_NAME, special_tokens=known)
         files = {TOKENIZER_NAME: directory / TOKENIZER_NAME}
-    elif found := _first_there(directory, ((name,) for name in (*codes, *_CODES_NAMES))):
+    elif found := _first_there(directory, (*((name, name) for name in codes), *_CODES_NAMES)):
         spec = SubwordNmtTokenizerSpec(
             kind="subword_nmt",
             source_codes=found[0],
+            target_codes=found[1] if len(found) > 1 else None,
             source_vocabulary=source_name,
             target_vocabulary=target_name,
             unknown_id=unknown_id,
             special_tokens=special_tokens,
             moses=moses,
         )
-        files[found[0]] = directory / found[0]
+        files |= {name: directory / name for name in found}
         if moses is None:
             warnings = (
                 f"the model does not say how its text was cut into words before {found[0]} was applied; what has spaces between "

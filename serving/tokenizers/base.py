@@ -5,7 +5,7 @@ Does not know any kind of tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,13 +13,19 @@ from pydantic_core import from_json
 
 # What decoders put where bytes are no whole character, be it broken or not yet complete.
 _REPLACEMENT = "\ufffd"
+# A character that no vocabulary has: what comes before it makes no token together with what comes after.
+_FOREIGN = "\U0010fffd"
 
 # A tokenizer's files by the names that its spec uses: where one is, or its contents.
 TokenizerFiles = Mapping[str, Path | bytes]
 
 
 class Tokenizer(Protocol):
-    """Text to source ids, target ids to text. Any number of threads may use one."""
+    """Text to source ids, target ids to text and back. Any number of threads may use one."""
+
+    @property
+    def unknown_target_id(self) -> int | None:
+        """The target's token for text that it does not know; None where all text is known."""
 
     def encode(self, text: str) -> list[int]:
         """Source ids, without the end-of-sentence token; empty for text in which nothing is left to translate.
@@ -29,6 +35,29 @@ class Tokenizer(Protocol):
         Raises:
             UnicodeEncodeError: ``text`` holds a lone surrogate. Text that came as UTF-8 holds none.
         """
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """Target ids that ``decode`` makes this text of, as the model would write it: white space and some characters normalized.
+
+        None where the target vocabulary has no tokens for some of it, so that no target holds this text. As of ``encode``, tokens
+        that are no text never come of it.
+
+        Raises:
+            UnicodeEncodeError: as ``encode``.
+            ValueError: it only cuts sources; says why.
+        """
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """The target ids of a text at the beginning, after a space and inside of a word, each once; none as ``encode_target``.
+
+        A word may have other tokens in other places, as SentencePiece's ``\u2581dog`` and ``dog``.
+
+        Raises:
+            UnicodeEncodeError, ValueError: as ``encode_target``.
+        """
+
+    def target_id(self, token: str) -> int | None:
+        """The id of a target token as the vocabulary spells it; None of one that it does not have, or that is no text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of target ids; tokens that are no text have none."""
@@ -50,6 +79,24 @@ class ModelTokenizer(Tokenizer, Protocol):
 def without_incomplete_character(text: str) -> str:
     """Text without its trailing replacement characters: they may be bytes of a character whose others have not come."""
     return text.rstrip(_REPLACEMENT)
+
+
+def known_ids(ids: list[int], unknown_id: int | None) -> list[int] | None:
+    """Ids, or None where one is unknown."""
+    return None if unknown_id in ids else ids
+
+
+def forms_of(encode: Callable[[str], list[int]], text: str, unknown_id: int | None) -> list[list[int]]:
+    """See ``Tokenizer.target_forms``; ``encode`` makes ``unknown_id`` of what it does not know."""
+    forms = [encode(text)]
+    if not forms[0]:
+        return []  # blank; a space may be a token all the same
+    foreign = encode(_FOREIGN)
+    for before in (_FOREIGN, f"{_FOREIGN} "):
+        ids = encode(before + text)
+        if ids[: len(foreign)] == foreign:
+            forms.append(ids[len(foreign) :])
+    return [list(form) for form in dict.fromkeys(map(tuple, forms)) if form and unknown_id not in form]
 
 
 def contents_of(files: TokenizerFiles, name: str) -> bytes:
@@ -94,6 +141,11 @@ def without_tokens(vocabulary: Mapping[str, int], special_tokens: Iterable[str])
     """A vocabulary of text alone. By id: a token that shares the id of a special one is as special."""
     special_ids = {vocabulary[token] for token in special_tokens if token in vocabulary}
     return {token: i for token, i in vocabulary.items() if i not in special_ids}
+
+
+def same_token(token_id: int, vocabulary: Mapping[str, int], other: Mapping[str, int]) -> int | None:
+    """The id that a token of one vocabulary has in the other; None where it is not there."""
+    return next((other[token] for token, i in vocabulary.items() if i == token_id and token in other), None)
 
 
 def vocabulary_faults(

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from serving.bundle import HuggingFaceTokenizerSpec
-from serving.tokenizers.base import TokenizerFiles, contents_of, missing_package, vocabulary_faults, without_incomplete_character
+from serving.tokenizers.base import (
+    TokenizerFiles,
+    contents_of,
+    forms_of,
+    known_ids,
+    missing_package,
+    vocabulary_faults,
+    without_incomplete_character,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -37,6 +45,7 @@ class HuggingFaceTokenizer:
         # Special tokens have no text, so that a model may lack some, as BART lacks its pre-training's <mask>.
         self._largest_id = max(self._text_ids, default=0)
         # What text becomes that spells a special token as the model's own pieces do.
+        self._unknown_id = unknown_id
         self._instead = [] if unknown_id is None else [unknown_id]
         self._never_of_text = special_ids - set(self._instead)
         self._is_appending = _is_appending(decoder)
@@ -97,6 +106,24 @@ class HuggingFaceTokenizer:
         if self._never_of_text.isdisjoint(ids):
             return ids
         return [j for i in ids for j in (self._instead if i in self._never_of_text else [i])]
+
+    @property
+    def unknown_target_id(self) -> int | None:
+        """See ``Tokenizer``."""
+        return self._unknown_id
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """See ``Tokenizer.encode_target``."""
+        return known_ids(self.encode(text), self._unknown_id)
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """See ``Tokenizer.target_forms``."""
+        return forms_of(self.encode, text, self._unknown_id)
+
+    def target_id(self, token: str) -> int | None:
+        """See ``Tokenizer.target_id``."""
+        found: int | None = self._library.token_to_id(token)
+        return found if found in self._text_ids and found != self._unknown_id else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""

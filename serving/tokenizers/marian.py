@@ -15,6 +15,8 @@ from serving.tokenizers.base import (
     TokenizerFiles,
     check_special_tokens,
     contents_of,
+    forms_of,
+    known_ids,
     read_vocabulary,
     vocabulary_faults,
     without_incomplete_character,
@@ -50,6 +52,7 @@ class MarianTokenizer:
         self._largest_ids = max(source_vocabulary.values()), max(target_vocabulary.values())
         self._end_ids = {"source": source_vocabulary.get(_END), "target": target_vocabulary.get(_END)}
         self._unknown_id = source_vocabulary[_UNKNOWN]
+        self._unknown_target_id = target_vocabulary[_UNKNOWN]
         # What a model of several target languages is told which one by; in text they are text.
         self.language_tokens = {token: i for token, i in source_vocabulary.items() if _is_language_token(token)}
         # Without what is no text: a model's pieces, or what it makes of characters it does not know, may spell a marker.
@@ -59,6 +62,7 @@ class MarianTokenizer:
         self._ids_by_number = [self._ids.get(piece, self._unknown_id) for piece in pieces]
         # Languages like >>deu<< have text, as in Hugging Face's; a target has none of them.
         self._pieces = {i: piece for piece, i in without_tokens(target_vocabulary, (*_MARKERS, *special_tokens)).items()}
+        self._target_ids = {piece: i for i, piece in self._pieces.items() if not _is_language_token(piece)}
 
     @classmethod
     def load(cls, spec: MarianTokenizerSpec, files: TokenizerFiles) -> MarianTokenizer:
@@ -108,6 +112,28 @@ class MarianTokenizer:
         # Characters that the source model does not know may be pieces of the vocabulary all the same, the target model's.
         pieces: list[str] = self._source.encode(text, out_type=str)
         return [self._ids.get(piece, self._unknown_id) for piece in pieces]
+
+    @property
+    def unknown_target_id(self) -> int:
+        """See ``Tokenizer``."""
+        return self._unknown_target_id
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """See ``Tokenizer.encode_target``."""
+        return known_ids(self._encode_target(text), self._unknown_target_id)
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """See ``Tokenizer.target_forms``."""
+        return forms_of(self._encode_target, text, self._unknown_target_id)
+
+    def _encode_target(self, text: str) -> list[int]:
+        text.encode()  # as ``encode``
+        pieces: list[str] = self._target.encode(text, out_type=str)
+        return [self._target_ids.get(piece, self._unknown_target_id) for piece in pieces]
+
+    def target_id(self, token: str) -> int | None:
+        """See ``Tokenizer.target_id``."""
+        return self._target_ids.get(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``. The unknown token has no text; a piece that the target model does not have is its own."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from serving.bundle import MosesSpec
 
 if TYPE_CHECKING:
-    from sacremoses import MosesTokenizer
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
 
 # Between the halves of a word that was cut at its dash.
 _DASH = "@-@"
@@ -37,17 +37,29 @@ class Moses:
         self._normalizer = MosesPunctNormalizer(
             spec.source_language, pre_replace_unicode_punct=True, post_remove_control_chars=True
         )
+        self._target_normalizer = MosesPunctNormalizer(
+            spec.target_language, pre_replace_unicode_punct=True, post_remove_control_chars=True
+        )
         self._tokenizer = MosesTokenizer(spec.source_language)
+        self._target_tokenizer = MosesTokenizer(spec.target_language)
         _hasten(self._tokenizer)
+        _hasten(self._target_tokenizer)
         self._detokenizer = MosesDetokenizer(spec.target_language)
         self._simple_detokenizer = MosesDetokenizer("")
 
     def split(self, text: str) -> list[str]:
-        """The words of a text; those of Moses have no white space."""
+        """The words of a source; those of Moses have no white space."""
+        return self._split(text, self._normalizer, self._tokenizer)
+
+    def split_target(self, text: str) -> list[str]:
+        """The words of a target."""
+        return self._split(text, self._target_normalizer, self._target_tokenizer)
+
+    def _split(self, text: str, normalizer: MosesPunctNormalizer, tokenizer: MosesTokenizer) -> list[str]:
         text = _LONG_RUN.sub(r"\1 ", text)
         if self._spec.normalize_punctuation:
-            text = self._normalizer.normalize(text)
-        tokenized: str = self._tokenizer.tokenize(
+            text = normalizer.normalize(text)
+        tokenized: str = tokenizer.tokenize(
             text, aggressive_dash_splits=self._spec.aggressive_dash_splits, return_str=True, escape=self._spec.escape
         )
         return tokenized.split()

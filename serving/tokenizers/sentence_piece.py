@@ -8,7 +8,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from serving.bundle import TokenizerSpec
-from serving.tokenizers.base import TokenizerFiles, contents_of, without_incomplete_character
+from serving.tokenizers.base import TokenizerFiles, contents_of, forms_of, known_ids, without_incomplete_character
 
 
 class SentencePieceTokenizer:
@@ -44,6 +44,30 @@ class SentencePieceTokenizer:
         """See ``Tokenizer.encode``. Markers spelled out in the text (``</s>``) are text, never markers."""
         text.encode()  # SentencePiece's own complaint about a lone surrogate names neither the place nor the cause
         return self._source.encode(text)  # type: ignore[no-any-return]  # of a str it is a list[int]; the stub is a union
+
+    @property
+    def unknown_target_id(self) -> int:
+        """See ``Tokenizer``."""
+        unknown_id: int = self._target.unk_id()
+        return unknown_id
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """See ``Tokenizer.encode_target``."""
+        return known_ids(self._encode_target(text), self.unknown_target_id)
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """See ``Tokenizer.target_forms``."""
+        return forms_of(self._encode_target, text, self.unknown_target_id)
+
+    def _encode_target(self, text: str) -> list[int]:
+        text.encode()  # as ``encode``
+        return self._target.encode(text)  # type: ignore[no-any-return]  # likewise
+
+    def target_id(self, token: str) -> int | None:
+        """See ``Tokenizer.target_id``."""
+        found: int = self._target.piece_to_id(token)
+        is_text = not (self._target.is_control(found) or self._target.is_unknown(found))
+        return found if is_text and self._target.id_to_piece(found) == token else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""

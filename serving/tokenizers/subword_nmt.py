@@ -13,8 +13,11 @@ from serving.tokenizers.base import (
     TokenizerFiles,
     check_special_tokens,
     contents_of,
+    forms_of,
+    known_ids,
     missing_package,
     read_vocabulary,
+    same_token,
     vocabulary_faults,
     without_tokens,
 )
@@ -32,29 +35,32 @@ _UNKNOWN_SYMBOL = " unknown"
 
 
 class SubwordNmtTokenizer:
-    """Codes for the source, and a vocabulary for each side. Any number of threads may use it."""
+    """Codes and a vocabulary for each side; codes of the target may be missing. Any number of threads may use it."""
 
     def __init__(
         self,
         merges: Sequence[tuple[str, str]],
+        target_merges: Sequence[tuple[str, str]] | None,
         source_vocabulary: Mapping[str, int],
         target_vocabulary: Mapping[str, int],
         unknown_id: int,
         special_tokens: Sequence[str] = (),
         moses: Moses | None = None,
     ) -> None:
-        """From codes and vocabularies, piece -> id; see ``load``.
+        """From codes (of the target, None where there are none) and vocabularies, piece -> id; see ``load``.
 
         Raises:
             ImportError: tokenizers is not installed.
         """
         self._largest_ids = max(unknown_id, *source_vocabulary.values()), max(target_vocabulary.values())
         self._moses = moses
-        ids = without_tokens(source_vocabulary, special_tokens)
-        symbols = _symbols(merges, ids)
-        self._encoder = _encoder(merges, symbols)
-        self._ids = [ids.get(_piece(symbol), unknown_id) for symbol in symbols]
-        self._pieces = {i: piece for piece, i in without_tokens(target_vocabulary, special_tokens).items()}
+        self._source = _Pieces(merges, without_tokens(source_vocabulary, special_tokens), unknown_id)
+        self._target_ids = without_tokens(target_vocabulary, special_tokens)
+        self._unknown_target_id = same_token(unknown_id, source_vocabulary, target_vocabulary)
+        # Of no token: what no target can have.
+        self._no_id = max(target_vocabulary.values()) + 1
+        self._target = None if target_merges is None else _Pieces(target_merges, self._target_ids, self._no_id)
+        self._pieces = {i: piece for piece, i in self._target_ids.items()}
 
     @classmethod
     def load(cls, spec: SubwordNmtTokenizerSpec, files: TokenizerFiles) -> SubwordNmtTokenizer:
@@ -65,13 +71,16 @@ class SubwordNmtTokenizer:
             ValueError: a file is not what it should be, a special token is in no vocabulary, or a library is not installed.
         """
         merges = _read_codes(spec.source_codes, contents_of(files, spec.source_codes))
+        target_merges = merges if spec.target_codes == spec.source_codes else None
+        if target_merges is None and spec.target_codes is not None:
+            target_merges = _read_codes(spec.target_codes, contents_of(files, spec.target_codes))
         source, target = (
             read_vocabulary(name, contents_of(files, name)) for name in (spec.source_vocabulary, spec.target_vocabulary)
         )
         check_special_tokens(spec.special_tokens, source, target)
         try:
             moses = Moses(spec.moses) if spec.moses else None
-            return cls(merges, source, target, spec.unknown_id, spec.special_tokens, moses)
+            return cls(merges, target_merges, source, target, spec.unknown_id, spec.special_tokens, moses)
         except ImportError as error:
             raise missing_package(spec.kind, error) from error
 
@@ -83,7 +92,30 @@ class SubwordNmtTokenizer:
         """See ``Tokenizer.encode``. A piece that the source vocabulary lacks, or that is no text, becomes the unknown one."""
         text.encode()  # a lone surrogate is refused here, where it is known as such
         words = self._moses.split(text) if self._moses else text.split()
-        return [self._ids[symbol] for symbol in self._encoder.encode(words, is_pretokenized=True).ids]
+        return self._source.ids(words)
+
+    @property
+    def unknown_target_id(self) -> int | None:
+        """See ``Tokenizer``."""
+        return self._unknown_target_id
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """See ``Tokenizer.encode_target``."""
+        return known_ids(self._encode_target(text), self._no_id)
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """See ``Tokenizer.target_forms``."""
+        return forms_of(self._encode_target, text, self._no_id)
+
+    def _encode_target(self, text: str) -> list[int]:
+        text.encode()  # as ``encode``
+        if self._target is None:
+            raise ValueError("the model came with byte-pair codes of its source alone, so that no target text can be cut")
+        return self._target.ids(self._moses.split_target(text) if self._moses else text.split())
+
+    def target_id(self, token: str) -> int | None:
+        """See ``Tokenizer.target_id``."""
+        return self._target_ids.get(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
@@ -114,6 +146,19 @@ class SubwordNmtTokenizer:
 
     def _text(self, words: Sequence[str]) -> str:
         return self._moses.join(words) if self._moses else " ".join(words)
+
+
+class _Pieces:
+    """Words to ids of one side."""
+
+    def __init__(self, merges: Sequence[tuple[str, str]], ids: Mapping[str, int], unknown_id: int) -> None:
+        symbols = _symbols(merges, ids)
+        self._encoder = _encoder(merges, symbols)
+        self._ids = [ids.get(_piece(symbol), unknown_id) for symbol in symbols]
+
+    def ids(self, words: Sequence[str]) -> list[int]:
+        """Of all pieces of these words; a piece that has none is unknown."""
+        return [self._ids[symbol] for symbol in self._encoder.encode(words, is_pretokenized=True).ids]
 
 
 def _read_codes(name: str, contents: bytes) -> list[tuple[str, str]]:

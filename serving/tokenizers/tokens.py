@@ -10,6 +10,7 @@ from serving.tokenizers.base import (
     check_special_tokens,
     contents_of,
     read_vocabulary,
+    same_token,
     vocabulary_faults,
     without_tokens,
 )
@@ -29,7 +30,9 @@ class TokensTokenizer:
         self._largest_ids = max(unknown_id, *source_vocabulary.values()), max(target_vocabulary.values())
         self._unknown_id = unknown_id
         self._ids = without_tokens(source_vocabulary, special_tokens)
-        self._tokens = {i: token for token, i in without_tokens(target_vocabulary, special_tokens).items()}
+        self._unknown_target_id = same_token(unknown_id, source_vocabulary, target_vocabulary)
+        self._target_ids = without_tokens(target_vocabulary, special_tokens)
+        self._tokens = {i: token for token, i in self._target_ids.items()}
 
     @classmethod
     def load(cls, spec: TokensTokenizerSpec, files: TokenizerFiles) -> TokensTokenizer:
@@ -53,6 +56,26 @@ class TokensTokenizer:
         """See ``Tokenizer.encode``. A token that the source vocabulary lacks, or that is no text, becomes the unknown one."""
         text.encode()  # a lone surrogate is refused, although it might be unknown like any other
         return [self._ids.get(token, self._unknown_id) for token in text.split()]
+
+    @property
+    def unknown_target_id(self) -> int | None:
+        """See ``Tokenizer``."""
+        return self._unknown_target_id
+
+    def encode_target(self, text: str) -> list[int] | None:
+        """See ``Tokenizer.encode_target``."""
+        text.encode()  # as ``encode``
+        tokens = text.split()
+        ids = [self._target_ids[token] for token in tokens if token in self._target_ids]
+        return None if len(ids) < len(tokens) or self._unknown_target_id in ids else ids
+
+    def target_forms(self, text: str) -> list[list[int]]:
+        """See ``Tokenizer.target_forms``."""
+        return [ids] if (ids := self.encode_target(text)) else []
+
+    def target_id(self, token: str) -> int | None:
+        """See ``Tokenizer.target_id``."""
+        return self._target_ids.get(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``. Tokens with a space between each two."""

@@ -272,7 +272,7 @@ async def test_others_get_their_turn_while_a_long_request_is_tokenized(
             clock.now_s += 0.001
             await asyncio.sleep(0)
 
-    class SlowTokenizer:
+    class SlowTokenizer(ByteTokenizer):
         def encode(self, text: str) -> list[int]:
             clock.now_s += 0.001
             return [20]
@@ -297,7 +297,7 @@ async def test_others_get_their_turn_while_a_long_request_is_tokenized(
 
 
 async def test_without_room_nothing_is_tokenized(engine: ScriptedEngine) -> None:
-    class NoTokenizer:
+    class NoTokenizer(ByteTokenizer):
         def encode(self, text: str) -> list[int]:
             raise AssertionError("tokenized")
 
