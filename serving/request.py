@@ -89,6 +89,9 @@ class DecodingOptions:
     # Whether a hypothesis that is cut at max_target_tokens has the end-of-sentence token there, at no cost to its score.
     ends_when_cut: bool = False
     prefix_bias: PrefixBias | None = None
+    # Tokens that end a hypothesis as the end-of-sentence token does, once it has its prefix; whether it keeps the one that did.
+    end_ids: tuple[int, ...] = ()
+    return_end_token: bool = False
     # Greedy only.
     sampling: Sampling | None = None
 
@@ -100,6 +103,7 @@ class DecodingOptions:
             or self.no_repeat_ngram_size > 0
             or bool(self.suppressed)
             or self.prefix_bias is not None
+            or bool(self.end_ids)
             or self.sampling is not None
         )
 
@@ -113,7 +117,7 @@ class DecodingOptions:
 class Hypothesis:
     """One finished translation as ids."""
 
-    # Without the start token and without the end-of-sentence token.
+    # Without the start token and the end-of-sentence token; with another that ended it where ``return_end_token`` asked for it.
     target_ids: tuple[int, ...]
     # None: nobody asked for it.
     score: float | None

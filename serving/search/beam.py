@@ -114,7 +114,7 @@ class BeamSearch(LaneSearch):
         lengths = self.num_tokens[:num_slots, 0] + 1
         at_limit = lengths >= self._max_tokens[:num_slots]
         best = self._best_continuations(candidate_ids, candidate_log_probs)
-        stops = (best.ids == self._eos_id) | at_limit[:, None]
+        stops = self._ends(best.ids) | at_limit[:, None]
         self._keep(best, stops)
         running = self._best_running(best, stops)
         done = at_limit | ~self._can_improve(running.scores[:, 0], lengths)
@@ -170,13 +170,24 @@ class BeamSearch(LaneSearch):
         if too_early.any():
             scores[too_early[:, None, None] & (ids == self._eos_id)] = -np.inf
         scores = scores.reshape(n, width * num_candidates)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * width]
+        order = np.argsort(-scores, axis=1, kind="stable")
+        if self._num_ruled:
+            self._put_needless_ends_last(ids, order)
+        order = order[:, : 2 * width]
         flat = order + self._slots[:n] * (width * num_candidates)
         return _Continuations(scores.take(flat), ids.take(flat), order // num_candidates)
 
+    def _put_needless_ends_last(self, ids: NDArray[np.int64], order: NDArray[np.intp]) -> None:
+        """Leave W ends among the best 2W of sources with several end tokens: more are never kept, and W have to run on."""
+        for slot, options in enumerate(self._options[: len(ids)]):
+            if options.end_ids:
+                is_end = np.isin(ids[slot].take(order[slot]), (self._eos_id, *options.end_ids))
+                order[slot] = order[slot, np.argsort(is_end & (np.cumsum(is_end) > self.width), kind="stable")]
+
     def _best_running(self, best: _Continuations, stops: NDArray[np.bool_]) -> _Continuations:
         """The best W that do not stop. At the limit, where all do, it does not matter what they are."""
-        # There are W: a row has one end-of-sentence continuation, W rows have W, and 2W are looked at. Stable: best first still.
+        # There are W: of 2W that are looked at, no more than W are ends; a row has one, but for several end tokens. Stable: best
+        # first still.
         order = np.argsort(stops, axis=1, kind="stable")[:, : self.width]
         flat = order + self._slots[: len(stops)] * stops.shape[1]
         return _Continuations(best.scores.take(flat), best.ids.take(flat), best.parents.take(flat))
@@ -196,7 +207,7 @@ class BeamSearch(LaneSearch):
             ids = self.tokens[slot, parent, : length - 1].tolist()
             token = int(best.ids[slot, rank])
             reason = self._reason(slot, token, length)
-            if token != self._eos_id:
+            if self._is_returned(slot, token):
                 ids.append(token)
             token_scores = self._token_scores(slot, parent, length, total)
             attention = self._target_attention(slot, parent, len(ids))

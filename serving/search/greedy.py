@@ -41,7 +41,7 @@ class GreedySearch(LaneSearch):
         n = num_slots
         positions = self.num_tokens[:n, 0]
         ids, log_probs = candidate_ids[:, 0, 0], candidate_log_probs[:, 0, 0]
-        ends = ids == self._eos_id
+        ends = self._ends(ids)
         too_early = ends & (positions < self._min_tokens[:n])
         if too_early.any():
             ids = np.where(too_early, candidate_ids[:, 0, 1], ids)
@@ -65,7 +65,7 @@ class GreedySearch(LaneSearch):
         options = self._options[slot]
         ids = self.tokens[slot, 0, :length].tolist()
         reason = self._reason(slot, ids[-1], length)
-        if ids[-1] == self._eos_id:
+        if not self._is_returned(slot, ids[-1]):
             ids.pop()
         return (
             Hypothesis(

@@ -32,6 +32,7 @@ class TokenRules:
         self._is_after_softmax = options.rules_of_generate and options.beam_size > 1
         # Counted as decoded already.
         self._first = [decoder_start_id] if options.rules_of_generate else []
+        self._end_ids = np.array((eos_id, *options.end_ids), np.int64)
         self._forbidden = np.array([tokens[0] for tokens in options.suppressed if len(tokens) == 1], np.int64)
         self._forbidden_sequences = [tokens for tokens in options.suppressed if len(tokens) > 1]
 
@@ -50,6 +51,7 @@ class TokenRules:
             A token that is forbidden has minus infinity.
         """
         log_probs = self.log_probs(logits, decoded)
+        self._drop_needless_ends(log_probs)
         best = np.argpartition(-log_probs, k - 1)[:k] if k < len(log_probs) else np.arange(len(log_probs))
         best = best[np.lexsort((best, -log_probs[best]))]
         if self._options.sampling is not None:
@@ -79,7 +81,7 @@ class TokenRules:
         log_probs = scores if self._is_after_softmax else _log_softmax(scores)
         # As where there are no rules: an end that comes too early keeps its share.
         if len(decoded) < options.min_target_tokens and log_probs[self._eos_id] < 0:
-            log_probs[self._eos_id] = _NEVER
+            log_probs[self._end_ids] = _NEVER
         wished = options.prefix_bias
         if wished is not None and len(decoded) < len(wished.tokens) and tuple(decoded) == wished.tokens[: len(decoded)]:
             probs = np.exp(log_probs) * (1.0 - wished.strength)
@@ -87,6 +89,13 @@ class TokenRules:
             with np.errstate(divide="ignore"):
                 log_probs = np.log(probs)
         return log_probs
+
+    def _drop_needless_ends(self, log_probs: NDArray[np.float64]) -> None:
+        """Leave as many ends as a source has rows: no more are ever kept, and they would take the places of what runs on."""
+        width = self._options.beam_size
+        if width > 1 and len(self._end_ids) > width:
+            order = np.argsort(-log_probs[self._end_ids], kind="stable")
+            log_probs[self._end_ids[order[width:]]] = _NEVER
 
     def _draw(self, log_probs: NDArray[np.float64], position: int) -> int:
         """One token at random, among the ``top_k`` best and of these the fewest that make up ``top_p``.

@@ -11,17 +11,21 @@ from tests.support import score_of
 
 def _finish(prefix: tuple[int, ...], total: float, options: DecodingOptions) -> Hypothesis:
     length = len(prefix)
-    ended = prefix[-1] == EOS_ID
+    ended = _is_end(prefix[-1], options)
     return Hypothesis(
-        target_ids=prefix[:-1] if ended else prefix,
+        target_ids=prefix[:-1] if ended and not (options.return_end_token and prefix[-1] != EOS_ID) else prefix,
         score=total / length**options.length_penalty,
         finish_reason=FinishReason.EOS if ended else FinishReason.LENGTH,
         target_tokens=length,
     )
 
 
+def _is_end(token: int, options: DecodingOptions) -> bool:
+    return token in (EOS_ID, *options.end_ids)
+
+
 def _is_possible(token: int, log_prob: float, length: int, options: DecodingOptions) -> bool:
-    return log_prob > -math.inf and not (token == EOS_ID and length < options.min_target_tokens)
+    return log_prob > -math.inf and not (_is_end(token, options) and length < options.min_target_tokens)
 
 
 def _best_first(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
@@ -31,7 +35,7 @@ def _best_first(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
 def greedy_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
     prefix: tuple[int, ...] = ()
     total = 0.0
-    while len(prefix) < options.max_target_tokens and prefix[-1:] != (EOS_ID,):
+    while len(prefix) < options.max_target_tokens and not (prefix and _is_end(prefix[-1], options)):
         log_probs = model.log_probs(prefix)
         possible = [t for t, log_prob in enumerate(log_probs) if _is_possible(t, log_prob, len(prefix), options)]
         token = max(possible, key=lambda t: log_probs[t])
@@ -52,8 +56,8 @@ def beam_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
         ]
         longer.sort(key=lambda continuation: continuation[1], reverse=True)
         running = []
-        for rank, (prefix, total) in enumerate(longer[: 2 * width]):
-            if prefix[-1] == EOS_ID or length == options.max_target_tokens:
+        for rank, (prefix, total) in enumerate(longer):
+            if _is_end(prefix[-1], options) or length == options.max_target_tokens:
                 if rank < width:
                     finished.append(_finish(prefix, total, options))
             elif len(running) < width:

@@ -102,8 +102,8 @@ class ToyLane:
             self.jobs[slot] = self.jobs[last]
         self.jobs.pop()
 
-    def _decode(self) -> tuple[np.ndarray, np.ndarray]:
-        """Write each row's token into its cache and read its candidates off it."""
+    def _decode(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Write each row's token into its cache and read its candidates off it, and what stands for its logits if wanted."""
         n, k = len(self.jobs), min(self.search.num_candidates, self.vocabulary)
         positions = self.search.num_tokens[:n].reshape(-1)
         if positions.max() >= self.capacity:
@@ -114,13 +114,17 @@ class ToyLane:
             self.cache = grown
         rows = np.arange(n * self.width)
         self.cache[rows, positions] = self.search.next_ids[:n].reshape(-1)
-        answers = [
-            self.jobs[row // self.width].model.candidates(tuple(self.cache[row, 1 : position + 1].tolist()), k)
+        prefixes = [
+            (self.jobs[row // self.width].model, tuple(self.cache[row, 1 : position + 1].tolist()))
             for row, position in zip(rows.tolist(), positions.tolist(), strict=True)
         ]
+        answers = [model.candidates(prefix, k) for model, prefix in prefixes]
         shape = (n, self.width, k)
         ids = np.array([ids for ids, _ in answers], np.int64).reshape(shape)
-        return ids, np.array([log_probs for _, log_probs in answers], np.float32).reshape(shape)
+        logits = None
+        if self.search.needs_logits(n):
+            logits = np.array([model.log_probs(prefix) for model, prefix in prefixes], np.float32).reshape(*shape[:2], -1)
+        return ids, np.array([log_probs for _, log_probs in answers], np.float32).reshape(shape), logits
 
     def _attend(self) -> np.ndarray:
         """What each row's step attends to, read off its cache: [jobs, W, room for the longest source and more]."""
