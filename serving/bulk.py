@@ -19,24 +19,42 @@ from typing import BinaryIO, TypeVar
 from serving.errors import InvalidRequestError, OnnxlateError
 from serving.preparation import UNTOLD, Direction, TextPreparer, Translation
 from serving.request import Outcome, Sequence
-from serving.request_options import RequestOptions
+from serving.request_options import RequestOptions, check_bias
 from serving.translator import DecodingEngine
 
+_L = TypeVar("_L")
 _T = TypeVar("_T")
 
 
-def read_lines(stream: BinaryIO) -> Iterator[str]:
+def read_lines(stream: BinaryIO, called: str = "line") -> Iterator[str]:
     """Lines of UTF-8 text without their ends. Only a line feed (after a carriage return or not) ends a line.
 
     Raises:
-        InvalidRequestError: a line is not UTF-8; names it.
+        InvalidRequestError: a line is not UTF-8; names it, as ``called`` and its number.
     """
     for number, raw in enumerate(stream, start=1):
         line = raw.removesuffix(b"\n").removesuffix(b"\r")
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidRequestError(f"line {number}", f"is not UTF-8 (its byte {error.start + 1})") from error
+            raise InvalidRequestError(f"{called} {number}", f"is not UTF-8 (its byte {error.start + 1})") from error
+
+
+def with_prefixes(lines: Iterable[str], target_prefixes: Iterable[str] | None) -> Iterator[tuple[str, str]]:
+    """Each line and what its translation starts with; None: nothing.
+
+    Raises:
+        InvalidRequestError: there are fewer prefixes than lines, or more. Lines before are still there.
+    """
+    prefixes = None if target_prefixes is None else iter(target_prefixes)
+    number = 0
+    for number, line in enumerate(lines, start=1):
+        prefix = "" if prefixes is None else next(prefixes, None)
+        if prefix is None:
+            raise InvalidRequestError(f"line {number}", f"has no target prefix: there are {number - 1}")
+        yield line, prefix
+    if prefixes is not None and next(prefixes, None) is not None:
+        raise InvalidRequestError("target prefixes", f"must be as many as lines, {number}, not more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +73,7 @@ def through_engine(
     options: RequestOptions,
     window: Window,
     direction: Direction = UNTOLD,
+    target_prefixes: Iterable[str] | None = None,
 ) -> Iterator[Translation]:
     """Translate lines in this process. Lines before a bad one are still answered, then its error is raised.
 
@@ -65,12 +84,15 @@ def through_engine(
         options: of every line.
         window: at most this much is in the engine.
         direction: what the model is told of the lines' languages.
+        target_prefixes: one for each line, what its translation starts with; an empty one leaves it free.
 
     Raises:
-        InvalidRequestError: the options or a line are out of bounds.
+        InvalidRequestError: the options, a line or its prefix are out of bounds.
         EngineError: a graph failed.
     """
     preparer.check_options(options)
+    check_bias(options, is_prefixed=target_prefixes is not None)
+    target_tokens = preparer.target_tokens(options)
     on_the_way: deque[_Line] = deque()
     tokens = 0
 
@@ -78,12 +100,13 @@ def through_engine(
         return len(on_the_way) >= window.max_sequences or tokens + source_tokens > window.max_source_tokens
 
     failure: OnnxlateError | None = None
-    numbered = _numbered(lines)
+    numbered = enumerate(with_prefixes(lines, target_prefixes), start=1)
     try:
         while True:
             try:
-                number, text = next(numbered)
+                number, (text, target_prefix) = next(numbered)
                 source = preparer.source_ids(text, f"line {number}", direction)
+                prefix = preparer.prefix_ids(target_prefix, f"target prefix of line {number}", options, len(source))
             except StopIteration:
                 break
             except OnnxlateError as error:
@@ -100,6 +123,8 @@ def through_engine(
                     options,
                     direction=direction,
                     place=number - 1,
+                    tokens=target_tokens,
+                    prefix=prefix,
                     arrived_at_s=now_s,
                     expires_at_s=math.inf,
                     on_outcome=line.end,
@@ -140,12 +165,12 @@ class _Line:
 
 
 def through_server(
-    lines: Iterable[str], translate: Callable[[list[str]], list[_T]], *, lines_per_request: int, requests_in_flight: int
+    lines: Iterable[_L], translate: Callable[[list[_L]], list[_T]], *, lines_per_request: int, requests_in_flight: int
 ) -> Iterator[_T]:
     """Translate lines by requests of several lines each. Lines before a bad request are still answered, then its error is raised.
 
     Args:
-        lines: read only as fast as requests are answered.
+        lines: whatever ``translate`` takes for lines; read only as fast as requests are answered.
         translate: sends one request; called on several threads.
         lines_per_request: of each request but the last.
         requests_in_flight: at most so many at once.
@@ -156,11 +181,11 @@ def through_server(
     """
     failure: OnnxlateError | None = None
     on_the_way: deque[tuple[int, Future[list[_T]]]] = deque()
-    numbered = _numbered(lines)
+    numbered = enumerate(lines, start=1)
     pool = ThreadPoolExecutor(requests_in_flight, thread_name_prefix="onnxlate-request")
     try:
         while failure is None:
-            batch: list[tuple[int, str]] = []
+            batch: list[tuple[int, _L]] = []
             try:
                 for line in itertools.islice(numbered, lines_per_request):
                     batch.append(line)  # one by one: lines before a bad one are kept
@@ -185,11 +210,8 @@ def _answer(first_number: int, future: Future[list[_T]]) -> list[_T]:
     try:
         return future.result()
     except InvalidRequestError as error:
-        place = re.fullmatch(r"texts\[(\d+)\]", error.field)
+        place = re.fullmatch(r"(texts|target_prefixes)\[(\d+)\]", error.field)
         if place is None:
             raise
-        raise InvalidRequestError(f"line {first_number + int(place[1])}", error.reason) from error
-
-
-def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    return enumerate(lines, start=1)
+        line = f"line {first_number + int(place[2])}"
+        raise InvalidRequestError(line if place[1] == "texts" else f"target prefix of {line}", error.reason) from error

@@ -50,6 +50,7 @@ def _language_pairs(ctx: click.Context, param: click.Parameter, values: Iterable
 _SERVER, _ENGINE, _LIMITS = ServerConfig(), EngineConfig(), RequestLimits()
 
 _DIRECTORY = click.Path(path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
 _SECONDS = _Seconds(min=0, min_open=True, max=86_400)
 _PRECISION = click.Choice(get_args(Precision))
@@ -142,6 +143,13 @@ def serve(
 @click.option("--length-penalty", type=float, help="Score = log-probability / length^X; 1 by default.")
 @click.option("--min-target-tokens", type=click.IntRange(min=0), help="A translation does not end before; 0 by default.")
 @click.option("--max-target-tokens", type=_COUNT, help="A translation is cut there; by default far above a line's length.")
+@click.option("--min-target-ratio", type=float, help="A translation does not end before so many times its line's tokens.")
+@click.option("--max-target-ratio", type=float, help="A translation is cut at so many times its line's tokens.")
+@click.option("--target-prefixes", type=_FILE, help="A file of as many lines: what each translation starts with.")
+@click.option("--prefix-bias", type=float, help="Pull towards prefixes this much, above 0 and below 1, instead of forcing them.")
+@click.option("--suppress", metavar="TEXT", multiple=True, help="A text that no translation has; may be repeated.")
+@click.option("--suppress-unknown", is_flag=True, default=None, help="Never take the token for unknown text.")
+@click.option("--end-token", metavar="TOKEN", multiple=True, help="A token that ends translations too; may be repeated.")
 @click.option("--source-language", default="", show_default=False, help="Code of the language of the lines; may be left out.")
 @click.option("--target-language", default="", show_default=False, help="Code of the language wanted; may be left out.")
 @click.option("--batch-size", type=_COUNT, default=32, help="Lines of one request (--server) or decoded together (--bundle).")
@@ -157,6 +165,13 @@ def translate(
     length_penalty: float | None,
     min_target_tokens: int | None,
     max_target_tokens: int | None,
+    min_target_ratio: float | None,
+    max_target_ratio: float | None,
+    target_prefixes: Path | None,
+    prefix_bias: float | None,
+    suppress: tuple[str, ...],
+    suppress_unknown: bool | None,
+    end_token: tuple[str, ...],
     source_language: str,
     target_language: str,
     batch_size: int,
@@ -177,24 +192,36 @@ def translate(
         length_penalty=length_penalty,
         min_target_tokens=min_target_tokens,
         max_target_tokens=max_target_tokens,
+        min_target_ratio=min_target_ratio,
+        max_target_ratio=max_target_ratio,
+        prefix_bias=prefix_bias,
+        suppressed_texts=suppress,
+        suppress_unknown=suppress_unknown,
+        end_tokens=end_token,
         return_scores=(num_hypotheses or 1) > 1,
     )
     languages = (source_language, target_language)
     if (server is None) == (bundle is None):
         raise click.UsageError("give either --server or --bundle")
     if server is not None:
-        translations: Iterator[Any] = _by_server(server, options, languages, batch_size, in_flight, timeout)
+        translations: Iterator[Any] = _by_server(server, options, target_prefixes, languages, batch_size, in_flight, timeout)
     else:
         assert bundle is not None
         engine = _engine_config(device=device, threads=threads, max_rows_per_worker=batch_size * (beam_size or 1))
-        translations = _by_bundle(bundle, options, languages, engine)
+        translations = _by_bundle(bundle, options, target_prefixes, languages, engine)
     _print_translations(translations, n_best=(num_hypotheses or 1) > 1)
 
 
 def _by_server(
-    address: str, options: RequestOptions, languages: tuple[str, str], batch_size: int, in_flight: int, timeout_s: float
+    address: str,
+    options: RequestOptions,
+    prefixes: Path | None,
+    languages: tuple[str, str],
+    batch_size: int,
+    in_flight: int,
+    timeout_s: float,
 ) -> Iterator[RemoteTranslation]:
-    from serving.bulk import read_lines, through_server
+    from serving.bulk import read_lines, through_server, with_prefixes
     from serving.client import RetryPolicy, TranslationClient
 
     # Tells at once that there is no server, or none of this kind; then a refusal is worth waiting for, within the timeout.
@@ -203,14 +230,22 @@ def _by_server(
     decoding = {option.name: getattr(options, option.name) for option in fields(options)}
     with TranslationClient(address, timeout_s=timeout_s, retry=RetryPolicy(max_attempts=1000)) as client:
 
-        def request(texts: list[str]) -> list[RemoteTranslation]:
-            return client.translate(texts, source_language=languages[0], target_language=languages[1], **decoding)
+        def request(lines: list[tuple[str, str]]) -> list[RemoteTranslation]:
+            return client.translate(
+                [text for text, _ in lines],
+                target_prefixes=[] if prefixes is None else [prefix for _, prefix in lines],
+                source_language=languages[0],
+                target_language=languages[1],
+                **decoding,
+            )
 
-        lines = read_lines(sys.stdin.buffer)
+        lines = with_prefixes(read_lines(sys.stdin.buffer), _read_prefixes(prefixes))
         yield from through_server(lines, request, lines_per_request=batch_size, requests_in_flight=in_flight)
 
 
-def _by_bundle(bundle: Path, options: RequestOptions, languages: tuple[str, str], config: EngineConfig) -> Iterator[Translation]:
+def _by_bundle(
+    bundle: Path, options: RequestOptions, prefixes: Path | None, languages: tuple[str, str], config: EngineConfig
+) -> Iterator[Translation]:
     from serving.bulk import Window, read_lines, through_engine
     from serving.model import load_model
     from serving.observer import NullObserver
@@ -221,12 +256,27 @@ def _by_bundle(bundle: Path, options: RequestOptions, languages: tuple[str, str]
         direction = model.preparer.direction(*languages)
         ahead = max(_LINES_AHEAD, 4 * sum(model.worker_rows))
         window = Window(max_sequences=min(ahead, config.max_waiting_sequences), max_source_tokens=config.max_waiting_tokens)
-        lines = read_lines(sys.stdin.buffer)
         yield from through_engine(
-            lines, preparer=model.preparer, engine=model.engine, options=options, window=window, direction=direction
+            read_lines(sys.stdin.buffer),
+            preparer=model.preparer,
+            engine=model.engine,
+            options=options,
+            window=window,
+            direction=direction,
+            target_prefixes=_read_prefixes(prefixes),
         )
     finally:
         model.engine.close()
+
+
+def _read_prefixes(path: Path | None) -> Iterator[str] | None:
+    from serving.bulk import read_lines
+
+    def read(path: Path) -> Iterator[str]:
+        with path.open("rb") as stream:
+            yield from read_lines(stream, "target prefix of line")
+
+    return None if path is None else read(path)
 
 
 def _print_translations(translations: Iterable[Translation | RemoteTranslation], *, n_best: bool) -> None:

@@ -67,6 +67,18 @@ class DecodingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     sampling: Sampling | None
+    # How strongly target prefixes pull, above 0 and below 1; left out, they are forced.
+    prefix_bias: float | None
+    # What no translation has: texts, and tokens as the model's vocabulary spells them.
+    suppressed_texts: Sequence[str] | None
+    suppressed_sequences: Sequence[Sequence[str]] | None
+    suppress_unknown: bool | None
+    # Lengths for each token of the source.
+    min_target_ratio: float | None
+    max_target_ratio: float | None
+    # Tokens that end a translation, and whether it keeps the one that did.
+    end_tokens: Sequence[str] | None
+    return_end_token: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +223,7 @@ class TranslationClient:
         self,
         texts: Sequence[str],
         *,
+        target_prefixes: Sequence[str] = (),
         source_language: str = "",
         target_language: str = "",
         timeout_s: float | None = None,
@@ -220,6 +233,7 @@ class TranslationClient:
 
         Args:
             texts: any number up to the server's limit; they are admitted together or not at all.
+            target_prefixes: none, or one for each text: what its translation starts with; an empty one leaves that text free.
             source_language: empty for whatever the model translates.
             target_language: likewise.
             timeout_s: instead of the client's.
@@ -235,6 +249,7 @@ class TranslationClient:
         request = _message(
             pb.TranslateRequest,
             texts=texts,
+            target_prefixes=_strings("target_prefixes", target_prefixes),
             source_language=source_language,
             target_language=target_language,
             options=_options(options),
@@ -246,6 +261,7 @@ class TranslationClient:
         self,
         text: str,
         *,
+        target_prefix: str = "",
         source_language: str = "",
         target_language: str = "",
         timeout_s: float | None = None,
@@ -257,6 +273,7 @@ class TranslationClient:
 
         Args:
             text: what to translate.
+            target_prefix: what the translation starts with; it is streamed too.
             source_language: as for ``translate``.
             target_language: likewise.
             timeout_s: instead of the client's; of the whole stream.
@@ -268,6 +285,7 @@ class TranslationClient:
         request = _message(
             pb.TranslateStreamRequest,
             text=text,
+            target_prefix=target_prefix,
             source_language=source_language,
             target_language=target_language,
             options=_options(options),
@@ -367,11 +385,23 @@ def _message(kind: type[_T], **fields: Any) -> _T:
         raise InvalidRequestError("request", str(error)) from error
 
 
+def _strings(field: str, values: Sequence[str]) -> Sequence[str]:
+    if isinstance(values, str):  # which would pass for one string a character
+        raise InvalidRequestError(field, "must be strings, not one string")
+    return values
+
+
 def _options(options: DecodingOptions) -> pb.DecodingOptions:
     # The protocol's fields know presence: None leaves one unset.
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if (sampling := options.get("sampling")) is not None:
         given["sampling"] = _message(pb.Sampling, **dataclasses.asdict(sampling))
+    for name in ("suppressed_texts", "end_tokens"):
+        if name in given:
+            given[name] = _strings(f"options.{name}", given[name])
+    if (sequences := options.get("suppressed_sequences")) is not None:
+        named = [_strings(f"options.suppressed_sequences[{place}]", tokens) for place, tokens in enumerate(sequences)]
+        given["suppressed_sequences"] = [_message(pb.TokenSequence, tokens=tokens) for tokens in named]
     return _message(pb.DecodingOptions, **given)
 
 

@@ -5,19 +5,22 @@ Knows text, options, limits and the tokenizer; does not know the engine, threads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
-from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sequence, SequenceTimings
-from serving.request_options import RequestOptions, TranslationLimits, check_options, default
+from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, PrefixBias, Sequence, SequenceTimings
+from serving.request_options import (
+    RequestOptions,
+    TranslationLimits,
+    check_options,
+    default,
+)
+from serving.target_tokens import MAX_CHARACTERS_PER_TOKEN, NO_TOKENS, TargetTokens, prefix_ids, target_tokens, tokenized
 from serving.tokenizers import Tokenizer
-
-# A text of more characters than this for each token it may have is refused before it is tokenized, because tokenizing megabytes
-# would hold up everybody else. A SentencePiece piece has at most 16 characters unless a model was trained otherwise.
-_MAX_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +179,10 @@ class TextPreparer:
         if not text or text.isspace():
             return ()
         longest = self.limits.max_source_tokens
-        if len(text) > longest * _MAX_CHARACTERS_PER_TOKEN:
+        if len(text) > longest * MAX_CHARACTERS_PER_TOKEN:
             reason = f"has {len(text)} characters; at most {longest} tokens can be translated at once"
             raise InvalidRequestError(field_name, reason)
-        try:
-            ids = self.tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(field_name, "holds a lone surrogate, which is not text") from error
+        ids = tokenized(self.tokenizer.encode, text, field_name)
         if not ids:
             return ()
         end = (self.eos_id,) if self.source_ends_with_eos else ()
@@ -193,41 +193,95 @@ class TextPreparer:
             raise InvalidRequestError(field_name, reason)
         return source
 
+    def target_tokens(self, options: RequestOptions) -> TargetTokens:
+        """What checked options suppress and end at, as tokens; see ``target_tokens.target_tokens``."""
+        return target_tokens(options, self.tokenizer)
+
+    def prefix_ids(self, text: str, field_name: str, options: RequestOptions, source_tokens: int) -> tuple[int, ...]:
+        """Tokens of a target prefix; empty for a blank one.
+
+        Args:
+            text: what the translation starts with.
+            field_name: how the protocol calls it, for example ``target_prefixes[3]``.
+            options: checked.
+            source_tokens: of its text; 0: that is blank.
+
+        Raises:
+            InvalidRequestError: the prefix is not shorter than the translation may be, it is nothing that the model can write, or
+                its text is blank.
+        """
+        ids = prefix_ids(text, field_name, self.tokenizer, self.limits.max_target_tokens)
+        if ids and not source_tokens:
+            raise InvalidRequestError(field_name, "belongs to a blank text, whose translation is blank")
+        _, longest = self._lengths(options, source_tokens, len(ids))
+        if ids and len(ids) >= longest:
+            reason = f"has {len(ids)} tokens; must be shorter than its translation, which has at most {longest}"
+            raise InvalidRequestError(field_name, reason)
+        return ids
+
+    def _lengths(self, options: RequestOptions, source_tokens: int, prefix_tokens: int) -> tuple[int, int]:
+        """Fewest and most target tokens.
+
+        The default of the most is twice the source and 32 more: far above what a translation takes, and low enough that a
+        hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing. Where the
+        model has a default of its own, it is the lower of the two; and it is 32 more than a prefix at least.
+        """
+        options = self._with_defaults(options)
+
+        def times_source(ratio: float) -> float:
+            return round(ratio * source_tokens, 9)  # 0.29 x 100 is a little less than 29
+
+        shortest = max(default(options.min_target_tokens, 0), math.ceil(times_source(default(options.min_target_ratio, 0.0))))
+        longest = default(options.max_target_tokens, self.limits.max_target_tokens)
+        if options.max_target_ratio is not None:
+            longest = min(longest, max(1, math.floor(times_source(options.max_target_ratio))))
+        elif options.max_target_tokens is None:
+            rule = min(2 * source_tokens + 32, default(self.defaults.max_target_tokens, longest))
+            longest = min(longest, max(rule, shortest + 1, prefix_tokens + 32 if prefix_tokens else 0))
+        return min(shortest, longest), longest
+
     def decoding_options(
-        self, options: RequestOptions, source_tokens: int, direction: Direction = UNTOLD, place: int = 0
+        self,
+        options: RequestOptions,
+        source_tokens: int,
+        direction: Direction = UNTOLD,
+        place: int = 0,
+        *,
+        tokens: TargetTokens = NO_TOKENS,
+        prefix: tuple[int, ...] = (),
     ) -> DecodingOptions:
         """Checked options with their defaults filled in for a source of ``source_tokens`` tokens.
 
-        ``place`` is that of the text in its request: what is drawn for it follows from it and the seed.
-
-        The default of max_target_tokens is twice the source and 32 more: far above what a translation takes, and low enough that
-        a hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing. Where
-        the model has a default of its own, it is the lower of the two.
+        ``place`` is that of the text in its request: what is drawn for it follows from it and the seed. ``tokens`` are those of
+        ``options``, ``prefix`` is what the text's translation starts with.
         """
         defaults, options = self.defaults, self._with_defaults(options)
-        shortest = default(options.min_target_tokens, 0)
-        rule = min(2 * source_tokens + 32, default(defaults.max_target_tokens, self.limits.max_target_tokens))
-        rule = max(rule, shortest + 1)
+        shortest, longest = self._lengths(options, source_tokens, len(prefix))
         # The model's own prefix is no part of the answer, and of no length that a caller gives.
         hidden = len(direction.before_target)
+        is_forced = options.prefix_bias is None or not prefix
+        wished = (*direction.before_target, *prefix)
         sampling = options.sampling
         return DecodingOptions(
             beam_size=default(options.beam_size, 1),
             num_hypotheses=default(options.num_hypotheses, 1),
             length_penalty=default(options.length_penalty, 1.0),
             min_target_tokens=shortest + hidden,
-            max_target_tokens=default(options.max_target_tokens, min(rule, self.limits.max_target_tokens)) + hidden,
+            max_target_tokens=longest + hidden,
             return_scores=default(options.return_scores, False),
             early_stopping=default(options.early_stopping, False),
             patience=default(options.patience, 1.0),
             repetition_penalty=default(options.repetition_penalty, 1.0),
             no_repeat_ngram_size=default(options.no_repeat_ngram_size, 0),
-            suppressed=tuple(map(tuple, defaults.suppressed)),
             rules_of_generate=defaults.rules_of_generate,
             ends_when_cut=defaults.ends_when_cut,
             sampling=None if sampling is None else replace(sampling, seed=sampling.seed + (place << 64)),
-            target_prefix=direction.before_target,
+            target_prefix=wished if is_forced else direction.before_target,
             hidden_prefix_tokens=hidden,
+            prefix_bias=None if is_forced else PrefixBias(tokens=wished, strength=default(options.prefix_bias, 0.0)),
+            suppressed=(*map(tuple, defaults.suppressed), *tokens.suppressed),
+            end_ids=tokens.end_ids,
+            return_end_token=default(options.return_end_token, False),
         )
 
     def sequence(
@@ -237,6 +291,8 @@ class TextPreparer:
         *,
         direction: Direction = UNTOLD,
         place: int = 0,
+        tokens: TargetTokens = NO_TOKENS,
+        prefix: tuple[int, ...] = (),
         arrived_at_s: float,
         expires_at_s: float,
         on_outcome: Callable[[Outcome], None],
@@ -244,11 +300,12 @@ class TextPreparer:
     ) -> Sequence:
         """One source as the engine takes it.
 
-        ``place`` is that in its request; times are monotonic seconds, callbacks as ``Sequence`` says.
+        ``place``, ``tokens`` and ``prefix`` are as ``decoding_options`` says, callbacks as ``Sequence`` says; times are monotonic
+        seconds.
         """
         return Sequence(
             source_ids=source_ids,
-            options=self.decoding_options(options, len(source_ids), direction, place),
+            options=self.decoding_options(options, len(source_ids), direction, place, tokens=tokens, prefix=prefix),
             arrived_at_s=arrived_at_s,
             expires_at_s=expires_at_s,
             on_outcome=on_outcome,

@@ -6,6 +6,7 @@ Knows options and limits; does not know text, tokens, languages, messages or the
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,11 @@ _LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 10.0
 _MOST_REPETITION_PENALTY = 100.0
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 100.0
 _MOST_TOP_K = 2**31 - 1
+_MOST_RATIO = 100.0
+# Each is looked for in every row of every step, while all others wait.
+_MOST_SUPPRESSED = 128
+MOST_SUPPRESSED_TOKENS = 32
+_MOST_END_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +40,8 @@ class RequestOptions:
     length_penalty: float | None = None
     # The end-of-sentence token is not taken before so many tokens; default 0.
     min_target_tokens: int | None = None
-    # A hypothesis ends at so many tokens; the default is for each text twice its source tokens and 32 more, within the limit.
+    # A hypothesis ends at so many tokens; the default is for each text twice its source tokens and 32 more, and 32 more than
+    # its prefix, within the limit; none where max_target_ratio is set.
     max_target_tokens: int | None = None
     # Whether hypotheses carry their scores; default False, which makes greedy decoding faster.
     return_scores: bool | None = None
@@ -47,6 +54,19 @@ class RequestOptions:
     no_repeat_ngram_size: int | None = None
     # Draw tokens instead of taking the most probable ones; default None.
     sampling: Sampling | None = None
+    # How strongly target prefixes pull, above 0 and below 1; default None, they are forced.
+    prefix_bias: float | None = None
+    # What no translation has: texts, in all forms of ``Tokenizer.target_forms``, and tokens as the vocabulary spells them.
+    suppressed_texts: tuple[str, ...] = ()
+    suppressed_sequences: tuple[tuple[str, ...], ...] = ()
+    # Whether the unknown token is never taken; default False.
+    suppress_unknown: bool | None = None
+    # Lengths for each token of the source, its end-of-sentence token and language included; beside the absolute ones.
+    min_target_ratio: float | None = None
+    max_target_ratio: float | None = None
+    # Tokens that end a hypothesis beside the end-of-sentence token, and whether it keeps the one that did; default False.
+    end_tokens: tuple[str, ...] = ()
+    return_end_token: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +111,8 @@ def check_options(options: RequestOptions, limits: TranslationLimits) -> None:
         raise InvalidRequestError("options.length_penalty", reason)
     _check_beams(options, beam_size)
     _check_token_rules(options, limits)
+    _check_lists(options)
+    _check_ratios(options)
     if options.max_target_tokens is None:
         _bounded("min_target_tokens", default(options.min_target_tokens, 0), 0, limits.max_target_tokens)
     else:
@@ -106,6 +128,27 @@ def _check_beams(options: RequestOptions, beam_size: int) -> None:
         raise InvalidRequestError("options.sampling", f"draws greedily: options.beam_size must be 1, not {beam_size}")
 
 
+def _check_lists(options: RequestOptions) -> None:
+    for name, count, most in (
+        ("suppressed_texts", len(options.suppressed_texts), _MOST_SUPPRESSED),
+        ("suppressed_sequences", len(options.suppressed_sequences), _MOST_SUPPRESSED),
+        ("end_tokens", len(options.end_tokens), _MOST_END_TOKENS),
+    ):
+        if count > most:
+            raise InvalidRequestError(f"options.{name}", f"at most {most}, not {count}")
+    for place, tokens in enumerate(options.suppressed_sequences):
+        _bounded(f"suppressed_sequences[{place}]", len(tokens), 1, MOST_SUPPRESSED_TOKENS, " tokens")
+    if options.prefix_bias is not None and not 0 < options.prefix_bias < 1:
+        raise InvalidRequestError("options.prefix_bias", f"must be above 0 and below 1, not {options.prefix_bias:g}")
+
+
+def _check_ratios(options: RequestOptions) -> None:
+    most = options.max_target_ratio
+    if most is not None and not 0 < most <= _MOST_RATIO:
+        raise InvalidRequestError("options.max_target_ratio", f"must be above 0 and at most {_MOST_RATIO:g}, not {most:g}")
+    _bounded_number("min_target_ratio", default(options.min_target_ratio, 0.0), 0.0, default(most, _MOST_RATIO))
+
+
 def _check_token_rules(options: RequestOptions, limits: TranslationLimits) -> None:
     penalty = default(options.repetition_penalty, 1.0)
     _bounded_number("repetition_penalty", penalty, 1 / _MOST_REPETITION_PENALTY, _MOST_REPETITION_PENALTY)
@@ -116,3 +159,25 @@ def _check_token_rules(options: RequestOptions, limits: TranslationLimits) -> No
             raise InvalidRequestError("options.sampling.top_p", f"must be above 0 and at most 1, not {sampling.top_p:g}")
         _bounded_number("sampling.temperature", sampling.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
         _bounded("sampling.seed", sampling.seed, 0, 2**63 - 1)
+
+
+def check_prefixes(target_prefixes: Collection[str], num_texts: int, options: RequestOptions) -> None:
+    """Refuse prefixes that are not one a text, before any text is looked at.
+
+    Raises:
+        InvalidRequestError: naming ``target_prefixes``, or ``options.prefix_bias`` where there are none.
+    """
+    if target_prefixes and len(target_prefixes) != num_texts:
+        reason = f"must be as many as texts, {num_texts}, or none at all, not {len(target_prefixes)}"
+        raise InvalidRequestError("target_prefixes", reason)
+    check_bias(options, is_prefixed=bool(target_prefixes))
+
+
+def check_bias(options: RequestOptions, *, is_prefixed: bool) -> None:
+    """Refuse a strength that nothing has.
+
+    Raises:
+        InvalidRequestError: naming ``options.prefix_bias``.
+    """
+    if options.prefix_bias is not None and not is_prefixed:
+        raise InvalidRequestError("options.prefix_bias", "has a meaning with a target prefix only")

@@ -55,6 +55,7 @@ class TranslationServicer(pb_grpc.TranslationServicer):
         started_at_s = self._clock()
         command = TranslateCommand(
             texts=request.texts,
+            target_prefixes=request.target_prefixes,
             source_language=request.source_language,
             target_language=request.target_language,
             options=_options(request.options),
@@ -78,6 +79,7 @@ class TranslationServicer(pb_grpc.TranslationServicer):
         translator = self._ready()
         command = StreamCommand(
             text=request.text,
+            target_prefix=request.target_prefix,
             source_language=request.source_language,
             target_language=request.target_language,
             options=_options(request.options),
@@ -149,6 +151,14 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         repetition_penalty=value("repetition_penalty"),
         no_repeat_ngram_size=value("no_repeat_ngram_size"),
         sampling=_sampling(options.sampling) if options.HasField("sampling") else None,
+        prefix_bias=value("prefix_bias"),
+        suppressed_texts=tuple(options.suppressed_texts),
+        suppressed_sequences=tuple(tuple(sequence.tokens) for sequence in options.suppressed_sequences),
+        suppress_unknown=value("suppress_unknown"),
+        min_target_ratio=value("min_target_ratio"),
+        max_target_ratio=value("max_target_ratio"),
+        end_tokens=tuple(options.end_tokens),
+        return_end_token=value("return_end_token"),
     )
 
 

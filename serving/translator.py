@@ -17,7 +17,7 @@ from serving.errors import DeadlineExceededError
 from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
 from serving.request import Outcome, Sequence
-from serving.request_options import RequestOptions
+from serving.request_options import RequestOptions, check_bias, check_prefixes
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
@@ -42,6 +42,8 @@ class TranslateCommand:
     """Translate these texts."""
 
     texts: Sequence_[str]
+    # None, or one for each text: what its translation starts with; an empty one leaves it free.
+    target_prefixes: Sequence_[str] = ()
     # Empty: whatever the model translates.
     source_language: str = ""
     target_language: str = ""
@@ -55,6 +57,7 @@ class StreamCommand:
     """Translate this text and tell it as it is decoded."""
 
     text: str
+    target_prefix: str = ""
     source_language: str = ""
     target_language: str = ""
     options: RequestOptions = field(default_factory=RequestOptions)
@@ -107,14 +110,18 @@ class Translator:
         direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_options(command.options)
         preparer.check_count(len(command.texts))
+        check_prefixes(command.target_prefixes, len(command.texts), command.options)
         # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
         wanted = sum(1 for text in command.texts if text and not text.isspace())
         if wanted:
             self._engine.check_room(wanted)
         turn = _Turn(self._clock)
-        sources = []
+        tokens = preparer.target_tokens(command.options)
+        sources, prefixes = [], []
         for index, text in enumerate(command.texts):
             sources.append(preparer.source_ids(text, f"texts[{index}]", direction))
+            prefix = command.target_prefixes[index] if command.target_prefixes else ""
+            prefixes.append(preparer.prefix_ids(prefix, f"target_prefixes[{index}]", command.options, len(sources[-1])))
             await turn.over()
         self._check_time(command.deadline_s)
 
@@ -125,6 +132,8 @@ class Translator:
                 command.options,
                 direction=direction,
                 place=index,
+                tokens=tokens,
+                prefix=prefixes[index],
                 arrived_at_s=arrived_at_s,
                 expires_at_s=command.deadline_s,
                 on_outcome=partial(self._deliver, answers, index),
@@ -154,7 +163,10 @@ class Translator:
         preparer = self.preparer
         direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_options(command.options)
+        check_bias(command.options, is_prefixed=bool(command.target_prefix))
         source = preparer.source_ids(command.text, "text", direction)
+        prefix = preparer.prefix_ids(command.target_prefix, "target_prefix", command.options, len(source))
+        target_tokens = preparer.target_tokens(command.options)
         self._check_time(command.deadline_s)
         if not source:
             yield StreamPiece(text_delta="", translation=preparer.blank(command.options))
@@ -165,6 +177,8 @@ class Translator:
             source,
             command.options,
             direction=direction,
+            tokens=target_tokens,
+            prefix=prefix,
             arrived_at_s=arrived_at_s,
             expires_at_s=command.deadline_s,
             on_outcome=lambda outcome: self._mailbox.post(partial(tokens.end, outcome)),

@@ -1,0 +1,99 @@
+"""What a request asks of targets, as tokens: how they start, what they never hold, what ends them.
+
+Knows options and the tokenizer; does not know sources, languages, lengths or the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from serving.errors import InvalidRequestError
+from serving.request_options import MOST_SUPPRESSED_TOKENS, RequestOptions
+from serving.tokenizers import Tokenizer
+
+_T = TypeVar("_T")
+
+# A text of more characters than this for each token it may have is refused before it is tokenized, because tokenizing megabytes
+# would hold up everybody else. A SentencePiece piece has at most 16 characters unless a model was trained otherwise.
+MAX_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetTokens:
+    """What the options of a request come to in tokens, the same for each of its texts."""
+
+    suppressed: tuple[tuple[int, ...], ...] = ()
+    end_ids: tuple[int, ...] = ()
+
+
+# Of options that ask for none.
+NO_TOKENS = TargetTokens()
+
+
+def target_tokens(options: RequestOptions, tokenizer: Tokenizer) -> TargetTokens:
+    """What checked options suppress, and what they end at, as tokens.
+
+    Raises:
+        InvalidRequestError: naming the option: a text that is blank or too long, a token that the target does not have, or a
+            tokenizer that cuts no text of the target.
+    """
+    suppressed: list[tuple[int, ...]] = []
+    if options.suppress_unknown and tokenizer.unknown_target_id is not None:
+        suppressed.append((tokenizer.unknown_target_id,))
+    for place, text in enumerate(options.suppressed_texts):
+        suppressed += _suppressed_forms(text, f"options.suppressed_texts[{place}]", tokenizer)
+    for place, tokens in enumerate(options.suppressed_sequences):
+        suppressed.append(_named_ids(tokens, f"options.suppressed_sequences[{place}]", tokenizer))
+    return TargetTokens(suppressed=tuple(suppressed), end_ids=_named_ids(options.end_tokens, "options.end_tokens", tokenizer))
+
+
+def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    most = MOST_SUPPRESSED_TOKENS
+    if not text or text.isspace():
+        raise InvalidRequestError(field_name, "is blank")
+    if len(text) > most * MAX_CHARACTERS_PER_TOKEN:
+        raise InvalidRequestError(field_name, f"has {len(text)} characters; at most {most} tokens can be suppressed together")
+    forms = tokenized(tokenizer.target_forms, text, field_name)
+    longest = max(map(len, forms), default=0)
+    if longest > most:
+        raise InvalidRequestError(field_name, f"has {longest} tokens; at most {most} can be suppressed together")
+    # None where the target cannot write it.
+    return [tuple(form) for form in forms]
+
+
+def _named_ids(tokens: Iterable[str], field_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    ids = []
+    for token in tokens:
+        found = tokenizer.target_id(token)
+        if found is None:
+            raise InvalidRequestError(field_name, f"{token[:40]!r} is no token of text in the model's target vocabulary")
+        ids.append(found)
+    return tuple(ids)
+
+
+def prefix_ids(text: str, field_name: str, tokenizer: Tokenizer, most_tokens: int) -> tuple[int, ...]:
+    """Tokens of what a target starts with; empty for blank text.
+
+    Raises:
+        InvalidRequestError: naming ``field_name``: the model cannot write the text, or it is far longer than so many tokens.
+    """
+    if not text or text.isspace():
+        return ()
+    if len(text) > most_tokens * MAX_CHARACTERS_PER_TOKEN:
+        raise InvalidRequestError(field_name, f"has {len(text)} characters; a translation has at most {most_tokens} tokens")
+    ids = tokenized(tokenizer.encode_target, text, field_name)
+    if ids is None:
+        raise InvalidRequestError(field_name, "holds characters that the model's target vocabulary does not have")
+    return tuple(ids)
+
+
+def tokenized(encode: Callable[[str], _T], text: str, field_name: str) -> _T:
+    """What a tokenizer makes of a text of this name, or an error that names it."""
+    try:
+        return encode(text)
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(field_name, "holds a lone surrogate, which is not text") from error
+    except ValueError as error:  # of a tokenizer that only cuts sources
+        raise InvalidRequestError(field_name, str(error)) from error
