@@ -14,14 +14,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 
 from serving.bundle import Bundle
 from serving.client import RemoteTranslation, TranslationClient
 from serving.errors import DeadlineExceededError, InvalidRequestError
+from serving.tokenizers import Tokenizer, load_tokenizer
 from tests.fakes import PATIENCE_S
-from tests.support import ENGLISH_LINES
+from tests.support import ENGLISH_LINES, tiny_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "serving.cli"]
@@ -132,6 +135,81 @@ def test_a_stream_tells_the_greedy_translation(client: TranslationClient) -> Non
         last = pieces[-1].translation
         assert last is not None
         assert answers([last]) == answers([whole])
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_translations_start_with_their_prefixes(client: TranslationClient, beam_size: int) -> None:
+    lines, prefixes = ENGLISH_LINES[:4], ["ein mann", "", "zwei hunde", "das"]
+    asked: dict[str, Any] = {"beam_size": beam_size, "num_hypotheses": beam_size, "max_target_tokens": 30}
+    translations = client.translate(lines, target_prefixes=prefixes, **asked)
+    for translation, prefix in zip(translations, prefixes, strict=True):
+        assert len(translation.hypotheses) == beam_size
+        assert all(hypothesis.text.startswith(prefix) for hypothesis in translation.hypotheses)
+    alone = [client.translate([line], target_prefixes=[prefix], **asked)[0] for line, prefix in zip(lines, prefixes, strict=True)]
+    assert answers(alone) == answers(translations)
+    assert answers([translations[1]]) == answers(client.translate([lines[1]], **asked))
+
+
+def test_a_prefix_pulls_as_strongly_as_is_asked_for(client: TranslationClient) -> None:
+    line, prefix = ENGLISH_LINES[0], "ein mann"
+    (free,) = client.translate([line], max_target_tokens=20)
+    assert not free.text.startswith(prefix)
+    (strongly,) = client.translate([line], target_prefixes=[prefix], prefix_bias=0.999, max_target_tokens=20)
+    (weakly,) = client.translate([line], target_prefixes=[prefix], prefix_bias=1e-6, max_target_tokens=20)
+    assert strongly.text.startswith(prefix)
+    assert weakly.text == free.text
+
+
+def test_a_stream_tells_its_prefix_too(client: TranslationClient) -> None:
+    pieces = list(client.translate_stream(ENGLISH_LINES[0], target_prefix="ein mann", max_target_tokens=24))
+    (whole,) = client.translate([ENGLISH_LINES[0]], target_prefixes=["ein mann"], max_target_tokens=24)
+    assert len(pieces) > 1
+    assert "".join(piece.text_delta for piece in pieces) == whole.text
+    assert whole.text.startswith("ein mann")
+
+
+def usual_piece(tokenizer: Tokenizer, text: str) -> str:
+    """The most frequent piece of a text, but the one that is a space alone."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=tiny_sentencepiece())
+    pieces = [model.id_to_piece(i) for i in tokenizer.encode_target(text) or ()]
+    return max(set(pieces) - {"\u2581"}, key=pieces.count)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("option", ["suppressed_texts", "suppressed_sequences"])
+def test_what_is_suppressed_is_in_no_translation(
+    client: TranslationClient, tiny_bundle: Bundle, option: str, beam_size: int
+) -> None:
+    tokenizer = load_tokenizer(tiny_bundle)
+    asked: dict[str, Any] = {"beam_size": beam_size, "max_target_tokens": 16}
+    (free,) = client.translate([ENGLISH_LINES[0]], **asked)
+    piece = usual_piece(tokenizer, free.text)
+    asked |= {option: [piece.replace("\u2581", "")] if option == "suppressed_texts" else [[piece]]}
+    (other,) = client.translate([ENGLISH_LINES[0]], **asked)
+    assert other.text != free.text
+    assert tokenizer.target_id(piece) not in (tokenizer.encode_target(other.text) or ())
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_translation_ends_at_further_tokens(client: TranslationClient, tiny_bundle: Bundle, beam_size: int) -> None:
+    asked: dict[str, Any] = {"beam_size": beam_size, "max_target_tokens": 16, "length_penalty": 0.0}
+    (free,) = client.translate([ENGLISH_LINES[0]], **asked)
+    piece = usual_piece(load_tokenizer(tiny_bundle), free.text)
+    (cut,) = client.translate([ENGLISH_LINES[0]], end_tokens=[piece], **asked)
+    (whole,) = client.translate([ENGLISH_LINES[0]], end_tokens=[piece], return_end_token=True, **asked)
+    assert cut.hypotheses[0].finish_reason == "eos"
+    assert cut.hypotheses[0].target_tokens < 16
+    assert whole.text == cut.text + piece.replace("\u2581", " ")
+    if beam_size == 1:
+        pieces = list(client.translate_stream(ENGLISH_LINES[0], end_tokens=[piece], **asked))
+        assert "".join(piece.text_delta for piece in pieces) == cut.text
+
+
+def test_lengths_by_ratio_are_kept(client: TranslationClient) -> None:
+    for line in ENGLISH_LINES[:4]:
+        (translation,) = client.translate([line], beam_size=3, num_hypotheses=3, min_target_ratio=0.5, max_target_ratio=0.7)
+        for hypothesis in translation.hypotheses:
+            assert 0.5 * translation.source_tokens <= hypothesis.target_tokens <= 0.7 * translation.source_tokens
 
 
 def test_target_lengths_are_kept(client: TranslationClient) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from serving.bulk import Window, read_lines, through_engine, through_server
+from serving.bulk import Window, read_lines, through_engine, through_server, with_prefixes
 from serving.errors import InvalidRequestError
 from serving.request_options import RequestOptions
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_preparer, hold, shouted
@@ -112,3 +112,16 @@ def test_an_error_of_the_request_as_a_whole_keeps_its_name() -> None:
 
     with pytest.raises(InvalidRequestError, match=r"^options\.beam_size: must be 1$"):
         list(through_server(iter("ab"), translate, lines_per_request=1, requests_in_flight=1))
+
+
+def test_lines_and_prefixes_go_together() -> None:
+    assert list(with_prefixes(["a", "b"], None)) == [("a", ""), ("b", "")]
+    assert list(with_prefixes(["a", "b"], ["x", ""])) == [("a", "x"), ("b", "")]
+    few = with_prefixes(["a", "b"], ["x"])
+    assert next(few) == ("a", "x")
+    with pytest.raises(InvalidRequestError, match="line 2: has no target prefix: there are 1"):
+        next(few)
+    many = with_prefixes(["a"], ["x", ""])
+    assert next(many) == ("a", "x")
+    with pytest.raises(InvalidRequestError, match="target prefixes: must be as many as lines, 1, not more"):
+        next(many)

@@ -17,8 +17,8 @@ from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import EngineError, OverloadedError, ServerStartError
 from serving.model import ServedModel
 from serving.observer import EngineObserver
-from serving.request import Outcome, Sequence
-from tests.fakes import PATIENCE_S, ByteTokenizer, ScriptedEngine, fake_model, shouted
+from serving.request import Outcome, PrefixBias, Sequence
+from tests.fakes import EOS_ID, PATIENCE_S, UNKNOWN_ID, ByteTokenizer, ScriptedEngine, fake_model, shouted
 from tests.servers import running_server
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,51 @@ def test_options_reach_the_engine(translate: Translate, engine: ScriptedEngine) 
     assert (seen.min_target_tokens, seen.max_target_tokens) == (2, 9)
 
 
+def test_what_is_asked_of_targets_reaches_the_engine(translate: Translate, engine: ScriptedEngine) -> None:
+    options = ["--min-target-ratio", "0.5", "--max-target-ratio", "3", "--end-token", ".", "--end-token", "!"]
+    options += ["--suppress", "xy", "--suppress", "z", "--suppress-unknown"]
+    assert translate(*options, stdin=b"abc\n").exit_code == 0
+    seen, encode = engine.submitted[0].options, ByteTokenizer().encode
+    assert (seen.min_target_tokens, seen.max_target_tokens, seen.end_ids) == (2, 12, tuple(encode(".!")))
+    assert seen.suppressed == ((UNKNOWN_ID,), *(tuple(encode(text)) for text in ("xy", " xy", "z", " z")))
+
+
+def test_each_line_has_its_prefix(translate: Translate, engine: ScriptedEngine, tmp_path: Path) -> None:
+    prefixes = tmp_path / "prefixes"
+    prefixes.write_bytes("x\n\n\u00fc".encode())
+    assert translate("--target-prefixes", str(prefixes), "--batch-size", "2", stdin=b"a\nb\nc\n").stdout == "A\nB\nC\n"
+    seen = {sequence.source_ids: sequence.options for sequence in engine.submitted}
+    by_line = [seen[*ByteTokenizer().encode(line), EOS_ID] for line in "abc"]
+    assert [ByteTokenizer().decode(options.target_prefix) for options in by_line] == ["x", "", "\u00fc"]
+
+
+def test_a_prefix_of_a_line_may_pull(translate: Translate, engine: ScriptedEngine, tmp_path: Path) -> None:
+    prefixes = tmp_path / "prefixes"
+    prefixes.write_bytes(b"x\n")
+    assert translate("--target-prefixes", str(prefixes), "--prefix-bias", "0.5", stdin=b"a\n").exit_code == 0
+    assert engine.submitted[0].options.prefix_bias == PrefixBias(tokens=tuple(ByteTokenizer().encode("x")), strength=0.5)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "stdout", "message"),
+    [
+        (b"x\n", "A\n", "line 2: has no target prefix: there are 1"),
+        (b"x\ny\nz\n", "A\nB\n", "target prefixes: must be as many as lines, 2, not more"),
+        (b"x\n\0\n", "A\n", "target prefix of line 2: holds characters that the model's target vocabulary does not have"),
+        (b"x\n\xff\n", "A\n", "target prefix of line 2: is not UTF-8 (its byte 1)"),
+    ],
+    ids=["few", "many", "unknown", "not UTF-8"],
+)
+def test_a_bad_prefix_is_named_after_the_lines_before_it(
+    translate: Translate, tmp_path: Path, prefixes: bytes, stdout: str, message: str
+) -> None:
+    path = tmp_path / "prefixes"
+    path.write_bytes(prefixes)
+    result = translate("--target-prefixes", str(path), "--batch-size", "1", stdin=b"a\nb\n")
+    assert (result.exit_code, result.stdout) == (1, stdout)
+    assert result.stderr == f"Error: {message}\n"
+
+
 def test_a_line_that_is_too_long_is_named_after_the_lines_before_it(translate: Translate) -> None:
     result = translate("--batch-size", "1", stdin=b"a\nb\n" + b"c" * 40 + b"\nd\n")
     assert (result.exit_code, result.stdout) == (1, "A\nB\n")
@@ -133,6 +178,8 @@ def test_a_line_that_is_not_utf8_is_named_after_the_lines_before_it(translate: T
         (["--beam-size", "6"], "options.beam_size: must be from 1 to 5, not 6"),
         (["--num-hypotheses", "2"], r"options.num_hypotheses: must be from 1 to 1 (beam_size), not 2"),
         (["--length-penalty", "nan"], "options.length_penalty: "),
+        (["--prefix-bias", "0.5"], "options.prefix_bias: has a meaning with a target prefix only"),
+        (["--end-token", "xy"], "options.end_tokens: 'xy' is no token"),
         (["--target-language", "xx"], "target_language: the model translates into de, en, fr, not into 'xx'"),
     ],
 )
@@ -197,6 +244,7 @@ def test_no_server_is_one_line() -> None:
         pytest.param(["translate", "--server", "a:1", "--bundle", "b"], id="server and bundle"),
         pytest.param(["translate", "--bundle", "b", "--beam-size", "0"], id="no beam"),
         pytest.param(["translate", "--bundle", "b", "--beam-size", "x"], id="no number"),
+        pytest.param(["translate", "--bundle", "b", "--target-prefixes", "none"], id="no file of prefixes"),
         pytest.param(["serve"], id="no bundle"),
         pytest.param(["serve", "b", "--port", "65536"], id="no port"),
         pytest.param(["serve", "b", "--device", "tpu"], id="no device"),

@@ -21,8 +21,8 @@ from serving.errors import (
 )
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel
-from serving.request import Outcome
-from tests.fakes import PATIENCE_S, ScriptedEngine, fake_model, hold
+from serving.request import Outcome, PrefixBias
+from tests.fakes import PATIENCE_S, UNKNOWN_ID, ByteTokenizer, ScriptedEngine, fake_model, hold
 from tests.servers import LOCAL, Running, running_server
 
 
@@ -98,6 +98,47 @@ def test_options_reach_the_server(client: TranslationClient, engine: ScriptedEng
     )
     options = engine.submitted[0].options
     assert (options.beam_size, options.length_penalty, options.min_target_tokens, options.max_target_tokens) == (3, 0.5, 2, 9)
+
+
+def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, engine: ScriptedEngine) -> None:
+    client.translate(
+        ["a", "b"],
+        target_prefixes=["x", ""],
+        prefix_bias=0.5,
+        suppressed_texts=["y"],
+        suppressed_sequences=[("y", "z")],
+        suppress_unknown=True,
+        max_target_ratio=2.0,
+        end_tokens=["."],
+        return_end_token=True,
+    )
+    encode = ByteTokenizer().encode
+    first, second = (sequence.options for sequence in engine.submitted)
+    assert first.prefix_bias == PrefixBias(tokens=tuple(encode("x")), strength=0.5)
+    assert second.prefix_bias is None
+    assert first.suppressed == ((UNKNOWN_ID,), tuple(encode("y")), tuple(encode(" y")), tuple(encode("yz")))
+    assert (first.max_target_tokens, first.end_ids, first.return_end_token) == (4, tuple(encode(".")), True)
+    list(client.translate_stream("a", target_prefix="x"))
+    assert engine.submitted[2].options.target_prefix == tuple(encode("x"))
+
+
+def test_one_string_is_no_list_of_strings(client: TranslationClient, engine: ScriptedEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^target_prefixes: must be strings, not one string"):
+        client.translate(["a"], target_prefixes="x")
+    with pytest.raises(InvalidRequestError, match=r"^options\.end_tokens: must be strings"):
+        client.translate(["a"], end_tokens=".")
+    with pytest.raises(InvalidRequestError, match=r"^options\.suppressed_texts: must be strings"):
+        client.translate(["a"], suppressed_texts="bad")
+    with pytest.raises(InvalidRequestError, match=r"^options\.suppressed_sequences\[1\]: must be strings"):
+        client.translate(["a"], suppressed_sequences=[["a"], "bad"])
+    assert engine.submitted == []
+
+
+def test_a_prefix_out_of_bounds_is_named(client: TranslationClient) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^target_prefixes\[1\]: has 4 tokens; must be shorter"):
+        client.translate(["a", "b"], target_prefixes=["", "abcd"], max_target_tokens=4)
+    with pytest.raises(InvalidRequestError, match=r"^target_prefix: has 4 tokens; must be shorter"):
+        list(client.translate_stream("a", target_prefix="abcd", max_target_tokens=4))
 
 
 def test_a_stream_tells_the_text_in_pieces(client: TranslationClient) -> None:

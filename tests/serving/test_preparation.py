@@ -11,9 +11,10 @@ import pytest
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
 from serving.preparation import UNTOLD, Direction, TextPreparer
-from serving.request import Sampling
+from serving.request import PrefixBias, Sampling
 from serving.request_options import RequestOptions
-from tests.fakes import EOS_ID, ByteTokenizer, fake_limits
+from serving.target_tokens import TargetTokens
+from tests.fakes import EOS_ID, ByteTokenizer, fake_limits, fake_preparer
 
 CODES = {"de": 901, "en": 902, "fr": 903}
 
@@ -219,9 +220,105 @@ def test_texts_of_one_request_draw_apart_and_the_same_again() -> None:
         ({"sampling": Sampling(top_p=math.nan)}, "sampling.top_p", "not nan"),
         ({"sampling": Sampling(temperature=0.0)}, "sampling.temperature", "from 0.01 to 100, not 0"),
         ({"sampling": Sampling(seed=-1)}, "sampling.seed", "from 0 to"),
+        ({"prefix_bias": 0.0}, "prefix_bias", "above 0 and below 1, not 0"),
+        ({"prefix_bias": 1.0}, "prefix_bias", "above 0 and below 1, not 1"),
+        ({"prefix_bias": math.nan}, "prefix_bias", "not nan"),
+        ({"suppressed_texts": ("a",) * 129}, "suppressed_texts", "at most 128, not 129"),
+        ({"suppressed_sequences": (("a",),) * 129}, "suppressed_sequences", "at most 128, not 129"),
+        ({"suppressed_sequences": (("a",), ())}, "suppressed_sequences[1]", "from 1 to 32 tokens, not 0"),
+        ({"suppressed_sequences": (("a",) * 33,)}, "suppressed_sequences[0]", "from 1 to 32 tokens, not 33"),
+        ({"end_tokens": ("a",) * 33}, "end_tokens", "at most 32, not 33"),
+        ({"max_target_ratio": 0.0}, "max_target_ratio", "above 0 and at most 100, not 0"),
+        ({"max_target_ratio": math.inf}, "max_target_ratio", "not inf"),
+        ({"min_target_ratio": -1.0}, "min_target_ratio", "from 0 to 100, not -1"),
+        ({"min_target_ratio": math.nan}, "min_target_ratio", "not nan"),
+        ({"min_target_ratio": 2.0, "max_target_ratio": 1.5}, "min_target_ratio", "from 0 to 1.5, not 2"),
     ],
 )
 def test_options_out_of_bounds_are_refused_by_name(options: dict[str, Any], field: str, reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason) as raised:
         told(before_source=None, before_target=False).check_options(RequestOptions(**options))
     assert raised.value.field == f"options.{field}"
+
+
+@pytest.mark.parametrize(
+    ("options", "source_tokens", "expected"),
+    [
+        ({"max_target_ratio": 1.5}, 7, (0, 10)),
+        ({"max_target_ratio": 0.01}, 7, (0, 1)),
+        ({"max_target_ratio": 0.29}, 100, (0, 29)),
+        ({"max_target_ratio": 50.0}, 7, (0, 64)),
+        ({"max_target_ratio": 2.0, "max_target_tokens": 9}, 7, (0, 9)),
+        ({"max_target_ratio": 1.0, "max_target_tokens": 9}, 7, (0, 7)),
+        ({"min_target_ratio": 1.5}, 7, (11, 46)),
+        ({"min_target_ratio": 1.1}, 10, (11, 52)),
+        ({"min_target_ratio": 0.5, "min_target_tokens": 6}, 7, (6, 46)),
+        ({"min_target_ratio": 9.0}, 7, (63, 64)),
+        ({"min_target_ratio": 99.0}, 7, (64, 64)),
+        ({"min_target_ratio": 1.0, "max_target_ratio": 1.0}, 7, (7, 7)),
+        ({"min_target_tokens": 20, "max_target_ratio": 1.0}, 7, (7, 7)),
+        ({"min_target_ratio": 2.0, "max_target_tokens": 9}, 7, (9, 9)),
+    ],
+)
+def test_lengths_follow_the_source_where_ratios_are_given(
+    options: dict[str, Any], source_tokens: int, expected: tuple[int, int]
+) -> None:
+    found = fake_preparer().decoding_options(RequestOptions(**options), source_tokens)
+    assert (found.min_target_tokens, found.max_target_tokens) == expected
+
+
+def test_a_prefix_follows_the_models_own_and_is_no_hidden_part() -> None:
+    preparer = told(before_source="source", before_target=True, prefix=(5,))
+    direction = preparer.direction("en", "fr")
+    options = preparer.decoding_options(RequestOptions(max_target_tokens=9), 4, direction, prefix=(20, 21))
+    assert (options.target_prefix, options.hidden_prefix_tokens) == ((903, 5, 20, 21), 2)
+    assert options.max_target_tokens == 11
+    assert options.prefix_bias is None
+
+
+def test_a_prefix_that_is_wished_for_leaves_only_the_models_own_forced() -> None:
+    preparer = told(before_source="source", before_target=True)
+    direction, asked = preparer.direction("en", "fr"), RequestOptions(prefix_bias=0.5)
+    options = preparer.decoding_options(asked, 4, direction, prefix=(20, 21))
+    assert options.target_prefix == (903,)
+    assert options.prefix_bias == PrefixBias(tokens=(903, 20, 21), strength=0.5)
+    free = preparer.decoding_options(asked, 4, direction)
+    assert (free.target_prefix, free.prefix_bias) == ((903,), None)
+
+
+def test_tokens_of_a_request_reach_its_decoding() -> None:
+    tokens = TargetTokens(suppressed=((4, 5),), end_ids=(6,))
+    options = fake_preparer().decoding_options(RequestOptions(return_end_token=True), 4, tokens=tokens)
+    assert (options.suppressed, options.end_ids, options.return_end_token) == (((4, 5),), (6,), True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options", "longest"),
+    [
+        ("ab", {"max_target_tokens": 3}, 3),
+        ("ab", {"max_target_ratio": 1.0}, 4),
+        ("a" * 20, {}, 52),
+        ("a" * 63, {}, 64),
+    ],
+)
+def test_a_prefix_that_is_shorter_than_its_translation(prefix: str, options: dict[str, Any], longest: int) -> None:
+    preparer, asked = fake_preparer(), RequestOptions(**options)
+    ids = preparer.prefix_ids(prefix, "target_prefix", asked, 4)
+    assert preparer.decoding_options(asked, 4, prefix=ids).max_target_tokens == longest
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options", "source_tokens", "reason"),
+    [
+        ("abc", {"max_target_tokens": 3}, 4, "has 3 tokens; must be shorter than its translation, which has at most 3"),
+        ("abcd", {"max_target_ratio": 1.0}, 4, "has 4 tokens; must be shorter than its translation, which has at most 4"),
+        ("a" * 64, {}, 4, "has 64 tokens; must be shorter than its translation, which has at most 64"),
+        ("a", {}, 0, "belongs to a blank text"),
+    ],
+)
+def test_a_prefix_that_is_its_whole_translation_is_refused_by_name(
+    prefix: str, options: dict[str, Any], source_tokens: int, reason: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as raised:
+        fake_preparer().prefix_ids(prefix, "target_prefixes[3]", RequestOptions(**options), source_tokens)
+    assert raised.value.field == "target_prefixes[3]"

@@ -8,11 +8,11 @@ import pytest
 
 from serving.errors import InvalidRequestError, ModelLoadingError
 from serving.pb import translation_pb2 as pb
-from serving.request import FinishReason, Hypothesis, Outcome
+from serving.request import FinishReason, Hypothesis, Outcome, PrefixBias
 from serving.request_options import RequestOptions
 from serving.servicer import _FINISH_REASONS, SERVICE_NAME, TranslationServicer
 from serving.translator import Translator
-from tests.fakes import FakeClock, ScriptedEngine, fake_model
+from tests.fakes import UNKNOWN_ID, ByteTokenizer, FakeClock, ScriptedEngine, fake_model
 
 NOW_S = 1000.0
 
@@ -160,3 +160,38 @@ async def test_scores_are_left_unset_where_nobody_asked(servicer: TranslationSer
 def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
     ours = set(RequestOptions.__dataclass_fields__)
     assert ours == {field.name for field in pb.DecodingOptions.DESCRIPTOR.fields}
+
+
+async def test_what_is_asked_of_targets_reaches_the_engine(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    options = pb.DecodingOptions(
+        prefix_bias=0.25,
+        suppressed_texts=["x"],
+        suppressed_sequences=[pb.TokenSequence(tokens=["y", "z"])],
+        suppress_unknown=True,
+        min_target_ratio=0.5,
+        max_target_ratio=3,
+        end_tokens=["."],
+        return_end_token=True,
+    )
+    await translate(servicer, pb.TranslateRequest(texts=["abc", "d"], target_prefixes=["ab", ""], options=options))
+    encode = ByteTokenizer().encode
+    first, second = (sequence.options for sequence in engine.submitted)
+    assert first.prefix_bias == PrefixBias(tokens=tuple(encode("ab")), strength=0.25)
+    assert second.prefix_bias is None
+    assert first.suppressed == ((UNKNOWN_ID,), tuple(encode("x")), tuple(encode(" x")), tuple(encode("yz")))
+    assert (first.min_target_tokens, first.max_target_tokens) == (2, 12)
+    assert (first.end_ids, first.return_end_token) == (tuple(encode(".")), True)
+
+
+async def test_a_stream_has_its_prefix(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    async for _ in servicer.TranslateStream(pb.TranslateStreamRequest(text="a", target_prefix="b"), Call()):  # type: ignore[arg-type]  # a fake
+        pass
+    assert engine.submitted[0].options.target_prefix == tuple(ByteTokenizer().encode("b"))
+
+
+async def test_a_prefix_that_cannot_be_is_named(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^target_prefixes\[1\]: "):
+        await translate(servicer, pb.TranslateRequest(texts=["a", "b"], target_prefixes=["", "a" * 64]))
+    with pytest.raises(InvalidRequestError, match=r"^target_prefixes: must be as many as texts, 2, or none at all, not 1"):
+        await translate(servicer, pb.TranslateRequest(texts=["a", "b"], target_prefixes=["c"]))
+    assert engine.submitted == []

@@ -19,7 +19,17 @@ from serving.preparation import TextPreparer, Translation
 from serving.request import DecodingOptions, FinishReason, Outcome
 from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, TranslateCommand, Translator
-from tests.fakes import PATIENCE_S, ByteTokenizer, FakeClock, ScriptedEngine, fake_limits, fake_preparer, hold, shouted
+from tests.fakes import (
+    PATIENCE_S,
+    UNKNOWN_ID,
+    ByteTokenizer,
+    FakeClock,
+    ScriptedEngine,
+    fake_limits,
+    fake_preparer,
+    hold,
+    shouted,
+)
 
 FAR_S = 1e9
 
@@ -37,9 +47,12 @@ async def translator(engine: ScriptedEngine) -> Translator:
     return Translator(fake_preparer(), engine, asyncio.get_running_loop())
 
 
-def command(*texts: str, source_language: str = "", target_language: str = "", **options: Any) -> TranslateCommand:
+def command(
+    *texts: str, prefixes: tuple[str, ...] = (), source_language: str = "", target_language: str = "", **options: Any
+) -> TranslateCommand:
     return TranslateCommand(
         texts=texts,
+        target_prefixes=prefixes,
         source_language=source_language,
         target_language=target_language,
         options=RequestOptions(**options),
@@ -47,8 +60,8 @@ def command(*texts: str, source_language: str = "", target_language: str = "", *
     )
 
 
-def stream_command(text: str, **options: Any) -> StreamCommand:
-    return StreamCommand(text=text, options=RequestOptions(**options), deadline_s=FAR_S)
+def stream_command(text: str, prefix: str = "", **options: Any) -> StreamCommand:
+    return StreamCommand(text=text, target_prefix=prefix, options=RequestOptions(**options), deadline_s=FAR_S)
 
 
 def texts(translations: list[Translation]) -> list[list[str]]:
@@ -131,6 +144,20 @@ async def test_known_languages_pass(translator: Translator, source: str, target:
     assert texts(await translator.translate(command("a", source_language=source, target_language=target))) == [["A"]]
 
 
+async def test_each_text_has_its_prefix(translator: Translator, engine: ScriptedEngine) -> None:
+    await translator.translate(command("a", "", "b", "c", prefixes=("xy", "", "", "z")))
+    assert [ByteTokenizer().decode(sequence.options.target_prefix) for sequence in engine.submitted] == ["xy", "", "z"]
+
+
+async def test_what_is_asked_of_tokens_reaches_each_text(translator: Translator, engine: ScriptedEngine) -> None:
+    asked = command("a", "b", suppressed_sequences=(("x", "y"),), end_tokens=(".",), return_end_token=True, suppress_unknown=True)
+    await translator.translate(asked)
+    x, y, end = ByteTokenizer().encode("xy.")
+    for sequence in engine.submitted:
+        assert sequence.options.suppressed == ((UNKNOWN_ID,), (x, y))
+        assert (sequence.options.end_ids, sequence.options.return_end_token) == ((end,), True)
+
+
 # What is out of bounds is refused by its name, before any work.
 
 
@@ -138,6 +165,16 @@ async def test_known_languages_pass(translator: Translator, source: str, target:
     ("asked", "field", "reason"),
     [
         pytest.param(command(), "texts", "must not be empty", id="no texts"),
+        pytest.param(command("a", "b", prefixes=("x",)), "target_prefixes", "as many as texts, 2, .* not 1", id="few prefixes"),
+        pytest.param(command("a", prefixes=("x", "")), "target_prefixes", "as many as texts, 1, .* not 2", id="many prefixes"),
+        pytest.param(command("a", "b", prefixes=("", "x\0")), "target_prefixes[1]", "does not have", id="unknown prefix"),
+        pytest.param(command("a", " ", prefixes=("", "x")), "target_prefixes[1]", "a blank text", id="prefix of a blank text"),
+        pytest.param(
+            command("a", prefixes=("xyz",), max_target_tokens=3), "target_prefixes[0]", "must be shorter", id="long prefix"
+        ),
+        pytest.param(command("a", prefix_bias=0.5), "options.prefix_bias", "with a target prefix only", id="bias of nothing"),
+        pytest.param(command("a", suppressed_texts=("",)), "options.suppressed_texts[0]", "is blank", id="suppressed text"),
+        pytest.param(command("a", end_tokens=("xy",)), "options.end_tokens", "'xy' is no token", id="end token"),
         pytest.param(command(*"abcde"), "texts", "at most 4 in a request, not 5", id="too many texts"),
         pytest.param(command("a", "b" * 32), "texts[1]", "has 33 tokens .* at most 32", id="too long"),
         pytest.param(command("a", " " * 99 + "b" * 2000), "texts[1]", "has 2099 characters; at most 32", id="far too long"),
@@ -371,9 +408,12 @@ async def test_a_blank_text_streams_one_empty_piece(translator: Translator, engi
         (stream_command("a", beam_size=9), "options.beam_size", "from 1 to 5, not 9"),
         (stream_command("a", max_target_tokens=0), "options.max_target_tokens", "from 1 to 64"),
         (stream_command("a" * 40), "text", "has 41 tokens"),
+        (stream_command("a", "x\0"), "target_prefix", "does not have"),
+        (stream_command("a", prefix_bias=0.5), "options.prefix_bias", "with a target prefix only"),
+        (stream_command("a", end_tokens=("xy",)), "options.end_tokens", "'xy' is no token"),
         (StreamCommand(text="a", source_language="xx", deadline_s=FAR_S), "source_language", "'xx'"),
     ],
-    ids=["beam out of bounds", "option", "too long", "language"],
+    ids=["beam out of bounds", "option", "too long", "prefix", "bias", "end", "language"],
 )
 async def test_a_stream_out_of_bounds_is_refused_by_its_name(
     translator: Translator, engine: ScriptedEngine, asked: StreamCommand, field: str, reason: str
@@ -414,3 +454,11 @@ async def test_streams_that_are_left_early_leave_nothing_in_the_engine(translato
     await asyncio.to_thread(engine.wait_running, 0)
     assert all(sequence.cancelled for sequence in running)
     assert [task.cancelled() for task in tasks] == [False] * 10 + [True] * 10
+
+
+async def test_a_stream_has_its_prefix_and_what_is_asked_of_tokens(translator: Translator, engine: ScriptedEngine) -> None:
+    pieces = [piece async for piece in translator.stream(stream_command("ab", "xy", end_tokens=(".",)))]
+    assert "".join(piece.text_delta for piece in pieces) == "AB"
+    (sequence,) = engine.submitted
+    assert sequence.options.target_prefix == tuple(ByteTokenizer().encode("xy"))
+    assert sequence.options.end_ids == tuple(ByteTokenizer().encode("."))
