@@ -25,6 +25,8 @@ _MOST_RATIO = 100.0
 # Each is looked for in every row of every step, while all others wait.
 _MOST_SUPPRESSED = 128
 MOST_SUPPRESSED_TOKENS = 32
+# Of all texts together; they are cut into tokens at once.
+_MOST_SUPPRESSED_CHARACTERS = 4096
 _MOST_END_TOKENS = 32
 
 
@@ -136,6 +138,10 @@ def _check_lists(options: RequestOptions) -> None:
     ):
         if count > most:
             raise InvalidRequestError(f"options.{name}", f"at most {most}, not {count}")
+    characters = sum(map(len, options.suppressed_texts))
+    if characters > _MOST_SUPPRESSED_CHARACTERS:
+        reason = f"at most {_MOST_SUPPRESSED_CHARACTERS} characters together, not {characters}"
+        raise InvalidRequestError("options.suppressed_texts", reason)
     for place, tokens in enumerate(options.suppressed_sequences):
         _bounded(f"suppressed_sequences[{place}]", len(tokens), 1, MOST_SUPPRESSED_TOKENS, " tokens")
     if options.prefix_bias is not None and not 0 < options.prefix_bias < 1:

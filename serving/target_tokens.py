@@ -53,8 +53,6 @@ def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[
     most = MOST_SUPPRESSED_TOKENS
     if not text or text.isspace():
         raise InvalidRequestError(field_name, "is blank")
-    if len(text) > most * MAX_CHARACTERS_PER_TOKEN:
-        raise InvalidRequestError(field_name, f"has {len(text)} characters; at most {most} tokens can be suppressed together")
     forms = tokenized(tokenizer.target_forms, text, field_name)
     longest = max(map(len, forms), default=0)
     if longest > most:

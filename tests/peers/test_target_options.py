@@ -250,7 +250,8 @@ def test_further_tokens_end_translations(pair: Pair, beam_size: int, returned: b
     options = asked(beam_size, end_tokens=tuple(ends), return_end_token=returned)
     ids, _ = pair.translate(options)
     theirs = pair.translate_by_peer(options, end_token=["</s>", *ends], return_end_token=returned)
-    check(pair, ids, theirs)
+    # Ours returns only ends that are text.
+    check(pair, ids, [[piece for piece in pieces if piece != "</s>"] for pieces in theirs])
     assert ids != plain
 
 

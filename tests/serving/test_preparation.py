@@ -224,6 +224,7 @@ def test_texts_of_one_request_draw_apart_and_the_same_again() -> None:
         ({"prefix_bias": 1.0}, "prefix_bias", "above 0 and below 1, not 1"),
         ({"prefix_bias": math.nan}, "prefix_bias", "not nan"),
         ({"suppressed_texts": ("a",) * 129}, "suppressed_texts", "at most 128, not 129"),
+        ({"suppressed_texts": ("a" * 2048, "b" * 2049)}, "suppressed_texts", "at most 4096 characters together, not 4097"),
         ({"suppressed_sequences": (("a",),) * 129}, "suppressed_sequences", "at most 128, not 129"),
         ({"suppressed_sequences": (("a",), ())}, "suppressed_sequences[1]", "from 1 to 32 tokens, not 0"),
         ({"suppressed_sequences": (("a",) * 33,)}, "suppressed_sequences[0]", "from 1 to 32 tokens, not 33"),

@@ -54,7 +54,6 @@ def test_end_tokens_are_those_of_the_targets_vocabulary() -> None:
     [
         ({"suppressed_texts": ("a", " ")}, "suppressed_texts[1]", "is blank"),
         ({"suppressed_texts": ("a" * 33,)}, "suppressed_texts[0]", "has 34 tokens; at most 32"),
-        ({"suppressed_texts": ("a" * 2049,)}, "suppressed_texts[0]", "has 2049 characters; at most 32 tokens"),
         ({"suppressed_texts": ("\ud800",)}, "suppressed_texts[0]", "lone surrogate"),
         ({"suppressed_sequences": (("a",), ("b", "ab"))}, "suppressed_sequences[1]", "'ab' is no token of text"),
         ({"end_tokens": (".", "")}, "end_tokens", "'' is no token of text"),

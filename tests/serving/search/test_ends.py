@@ -11,7 +11,7 @@ import pytest
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Sampling
 from serving.search import make_lane_search
 from tests.serving.search.reference import beam_search, greedy_search
-from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyModel, decode
+from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyLane, ToyModel, decode
 from tests.support import score_of
 
 
@@ -65,6 +65,18 @@ def test_no_token_of_a_prefix_ends_a_hypothesis(width: int) -> None:
     assert best.target_ids[:3] == (4, 7, 4)
     assert 4 not in best.target_ids[3:]
     assert best.target_tokens >= 6
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("returned", [False, True])
+def test_what_is_decided_is_what_the_best_hypothesis_starts_with(width: int, returned: bool) -> None:
+    for seed in range(20):
+        lane = ToyLane(width, 1, vocabulary=12)
+        options = DecodingOptions(beam_size=width, max_target_tokens=12, end_ids=(4, 5), return_end_token=returned)
+        lane.add(Job(name=0, model=ToyModel(seed, 12, eos_bias=-1.0), options=options))
+        lane.run()
+        final = lane.hypotheses[0][0].target_ids
+        assert all(final[: len(decided)] == decided for decided in lane.decided.get(0, ()))
 
 
 def test_sources_without_further_ends_go_on_beside_those_that_have_some() -> None:
