@@ -22,15 +22,34 @@ from grpc_health.v1 import health_pb2
 
 from serving.errors import DeadlineExceededError, InvalidRequestError, RemoteError
 from serving.pb import translation_pb2 as pb
+from serving.remote_answers import (
+    ModelInfo,
+    RemoteHypothesis,
+    RemoteTranslation,
+    StreamedPiece,
+    TextTimings,
+    model_info_of,
+    translation_of,
+)
 from serving.remote_errors import call_of, error_of, server_wait_s
 from serving.request import Sampling
+
+__all__ = [
+    "DecodingOptions",
+    "ModelInfo",
+    "RemoteHypothesis",
+    "RemoteTranslation",
+    "RetryPolicy",
+    "StreamedPiece",
+    "TextTimings",
+    "TranslationClient",
+]
 
 _T = TypeVar("_T")
 
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$")
 
 _SERVICE: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
-_FINISH_REASONS = {pb.FINISH_REASON_EOS: "eos", pb.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,71 +98,6 @@ class DecodingOptions(TypedDict, total=False):
     # Tokens that end a translation, and whether it keeps the one that did.
     end_tokens: Sequence[str] | None
     return_end_token: bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteHypothesis:
-    """One translation of one text."""
-
-    text: str
-    # None: ``return_scores`` did not ask for it.
-    score: float | None
-    # "eos" when the model ended the sentence, "length" when it was cut at max_target_tokens.
-    finish_reason: str
-    target_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextTimings:
-    """Where one text's time went on the server."""
-
-    queue_s: float
-    encode_s: float
-    decode_s: float
-    steps: int
-    mean_rows_per_step: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteTranslation:
-    """The answer for one text; hypotheses are best first."""
-
-    hypotheses: tuple[RemoteHypothesis, ...]
-    source_tokens: int
-    timings: TextTimings
-
-    @property
-    def text(self) -> str:
-        """The best hypothesis' text."""
-        return self.hypotheses[0].text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedPiece:
-    """A piece of a streamed translation."""
-
-    # To append to what came before; never taken back.
-    text_delta: str
-    # In the last piece only.
-    translation: RemoteTranslation | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What a server serves, and what it allows."""
-
-    name: str
-    version: str
-    server_version: str
-    # (source, target) pairs.
-    languages: tuple[tuple[str, str], ...]
-    precision: str
-    device: str
-    max_texts_per_request: int
-    max_source_tokens: int
-    max_target_tokens: int
-    max_beam_size: int
-    max_request_s: float
 
 
 class TranslationClient:
@@ -255,7 +209,7 @@ class TranslationClient:
             options=_options(options),
         )
         response: pb.TranslateResponse = self._call(lambda left_s: self._translate(request, timeout=left_s), timeout_s)
-        return [_translation(text) for text in response.translations]
+        return [translation_of(text) for text in response.translations]
 
     def translate_stream(
         self,
@@ -298,7 +252,7 @@ class TranslationClient:
         call, response = self._call(first, timeout_s)
         try:
             while True:
-                translation = _translation(response.translation) if response.HasField("translation") else None
+                translation = translation_of(response.translation) if response.HasField("translation") else None
                 yield StreamedPiece(text_delta=response.text_delta, translation=translation)
                 try:
                     response = next(call)
@@ -317,19 +271,7 @@ class TranslationClient:
         """
         request = pb.GetModelInfoRequest()
         info: pb.GetModelInfoResponse = self._call(lambda left_s: self._model_info(request, timeout=left_s), timeout_s)
-        return ModelInfo(
-            name=info.model_name,
-            version=info.model_version,
-            server_version=info.server_version,
-            languages=tuple((pair.source, pair.target) for pair in info.languages),
-            precision=info.precision,
-            device=info.device,
-            max_texts_per_request=info.limits.max_texts_per_request,
-            max_source_tokens=info.limits.max_source_tokens,
-            max_target_tokens=info.limits.max_target_tokens,
-            max_beam_size=info.limits.max_beam_size,
-            max_request_s=info.limits.max_request_seconds,
-        )
+        return model_info_of(info)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the server is up and its model loaded.
@@ -403,25 +345,3 @@ def _options(options: DecodingOptions) -> pb.DecodingOptions:
         named = [_strings(f"options.suppressed_sequences[{place}]", tokens) for place, tokens in enumerate(sequences)]
         given["suppressed_sequences"] = [_message(pb.TokenSequence, tokens=tokens) for tokens in named]
     return _message(pb.DecodingOptions, **given)
-
-
-def _translation(text: pb.TranslatedText) -> RemoteTranslation:
-    return RemoteTranslation(
-        hypotheses=tuple(
-            RemoteHypothesis(
-                text=hypothesis.text,
-                score=hypothesis.score if hypothesis.HasField("score") else None,
-                finish_reason=_FINISH_REASONS.get(hypothesis.finish_reason, "unknown"),
-                target_tokens=hypothesis.target_tokens,
-            )
-            for hypothesis in text.hypotheses
-        ),
-        source_tokens=text.source_tokens,
-        timings=TextTimings(
-            queue_s=text.timings.queue_seconds,
-            encode_s=text.timings.encode_seconds,
-            decode_s=text.timings.decode_seconds,
-            steps=text.timings.steps,
-            mean_rows_per_step=text.timings.mean_rows_per_step,
-        ),
-    )

@@ -115,7 +115,7 @@ def random_marian(directory: Path) -> None:
     """Small, with the vocabulary of a real model; hypotheses end, and some hold the unknown token."""
     config = transformers.MarianConfig.from_pretrained(REAL["en-mg"])
     config.encoder_layers = config.decoder_layers = 1
-    config.init_std = 0.2
+    config.init_std = 0.05
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.MarianMTModel(config)
@@ -125,7 +125,7 @@ def random_marian(directory: Path) -> None:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
             make_ends_likely(model)
             model.final_logits_bias.normal_()
-            model.final_logits_bias[0, 1] += 20.0
+            model.final_logits_bias[0, 1] += 5.0
     model.save_pretrained(directory)
 
 

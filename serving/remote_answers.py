@@ -1,0 +1,117 @@
+"""What a server answers, as values of Python.
+
+Knows the protocol's responses; does not know requests, channels, errors or retries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.pb import translation_pb2 as pb
+
+_FINISH_REASONS = {pb.FINISH_REASON_EOS: "eos", pb.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteHypothesis:
+    """One translation of one text."""
+
+    text: str
+    # None: ``return_scores`` did not ask for it.
+    score: float | None
+    # "eos" when the model ended the sentence, "length" when it was cut at max_target_tokens.
+    finish_reason: str
+    target_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTimings:
+    """Where one text's time went on the server."""
+
+    queue_s: float
+    encode_s: float
+    decode_s: float
+    steps: int
+    mean_rows_per_step: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteTranslation:
+    """The answer for one text; hypotheses are best first."""
+
+    hypotheses: tuple[RemoteHypothesis, ...]
+    source_tokens: int
+    timings: TextTimings
+
+    @property
+    def text(self) -> str:
+        """The best hypothesis' text."""
+        return self.hypotheses[0].text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedPiece:
+    """A piece of a streamed translation."""
+
+    # To append to what came before; never taken back.
+    text_delta: str
+    # In the last piece only.
+    translation: RemoteTranslation | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a server serves, and what it allows."""
+
+    name: str
+    version: str
+    server_version: str
+    # (source, target) pairs.
+    languages: tuple[tuple[str, str], ...]
+    precision: str
+    device: str
+    max_texts_per_request: int
+    max_source_tokens: int
+    max_target_tokens: int
+    max_beam_size: int
+    max_request_s: float
+
+
+def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
+    """The answer for one text."""
+    return RemoteTranslation(
+        hypotheses=tuple(
+            RemoteHypothesis(
+                text=hypothesis.text,
+                score=hypothesis.score if hypothesis.HasField("score") else None,
+                finish_reason=_FINISH_REASONS.get(hypothesis.finish_reason, "unknown"),
+                target_tokens=hypothesis.target_tokens,
+            )
+            for hypothesis in text.hypotheses
+        ),
+        source_tokens=text.source_tokens,
+        timings=TextTimings(
+            queue_s=text.timings.queue_seconds,
+            encode_s=text.timings.encode_seconds,
+            decode_s=text.timings.decode_seconds,
+            steps=text.timings.steps,
+            mean_rows_per_step=text.timings.mean_rows_per_step,
+        ),
+    )
+
+
+def model_info_of(info: pb.GetModelInfoResponse) -> ModelInfo:
+    """What the server serves."""
+    return ModelInfo(
+        name=info.model_name,
+        version=info.model_version,
+        server_version=info.server_version,
+        languages=tuple((pair.source, pair.target) for pair in info.languages),
+        precision=info.precision,
+        device=info.device,
+        max_texts_per_request=info.limits.max_texts_per_request,
+        max_source_tokens=info.limits.max_source_tokens,
+        max_target_tokens=info.limits.max_target_tokens,
+        max_beam_size=info.limits.max_beam_size,
+        max_request_s=info.limits.max_request_seconds,
+    )
