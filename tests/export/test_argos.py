@@ -109,7 +109,7 @@ def test_byte_pair_codes(package: Path) -> None:
     (package / "bpe.model").write_text("#version: 0.2\na b\nab c</w>\n")
     spec = read_checkpoint(package).tokenizer
     assert isinstance(spec, SubwordNmtTokenizerSpec)
-    assert spec.source_codes == "bpe.model"
+    assert (spec.source_codes, spec.target_codes) == ("bpe.model", "bpe.model")
     assert spec.moses is not None
     assert (spec.moses.source_language, spec.moses.target_language) == ("en", "de")
 

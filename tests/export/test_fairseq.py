@@ -245,11 +245,27 @@ def test_byte_pair_codes(directory: Path, extra: dict[str, Any], moses: MosesSpe
     write(directory, **extra)
     checkpoint = read_checkpoint(directory)
     assert isinstance(checkpoint.tokenizer, SubwordNmtTokenizerSpec)
-    assert checkpoint.tokenizer.source_codes == "bpecodes"
+    assert (checkpoint.tokenizer.source_codes, checkpoint.tokenizer.target_codes) == ("bpecodes", "bpecodes")
     assert checkpoint.tokenizer.unknown_id == 3
     assert checkpoint.tokenizer.moses == moses
     assert (checkpoint.warnings == ()) == (moses is not None)
-    assert open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files).encode("and") == [4]
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert tokenizer.encode("and") == tokenizer.encode_target("and") == [4]
+
+
+def test_codes_of_the_source_alone_are_not_the_targets(directory: Path) -> None:
+    (directory / "sentencepiece.bpe.model").unlink()
+    (directory / "source.bpe").write_text("a n 10\nan d</w> 9\n")
+    for language in ("en", "de"):
+        pieces = ["and", "an@@", "n", "d", *map(str, range(len(PIECES) - 4))]
+        origins.write_fairseq_dictionary(directory / f"dict.{language}.txt", pieces)
+    spec = read_checkpoint(directory).tokenizer
+    assert isinstance(spec, SubwordNmtTokenizerSpec)
+    assert (spec.source_codes, spec.target_codes) == ("source.bpe", None)
+    (directory / "target.bpe").write_text("a n 10\n")
+    checkpoint = read_checkpoint(directory)
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert (tokenizer.encode("and"), tokenizer.encode_target("and")) == ([4], [5, 7])
 
 
 def test_a_dictionary_may_say_a_token_twice(directory: Path) -> None:
