@@ -178,11 +178,20 @@ class BeamSearch(LaneSearch):
         return _Continuations(scores.take(flat), ids.take(flat), order // num_candidates)
 
     def _put_needless_ends_last(self, ids: NDArray[np.int64], order: NDArray[np.intp]) -> None:
-        """Leave W ends among the best 2W of sources with several end tokens: more are never kept, and W have to run on."""
+        """Leave W ends among the best 2W of sources with several end tokens: more are never kept, and W have to run on.
+
+        Right after a prefix all continuations are those of one row. With early stopping only the best of them may be an end, as
+        CTranslate2 has it: others would soon be as many as stop the search.
+        """
         for slot, options in enumerate(self._options[: len(ids)]):
-            if options.end_ids:
+            is_after_prefix = 0 < len(options.target_prefix) == self.num_tokens[slot, 0] and options.early_stopping
+            is_after_prefix = is_after_prefix and not options.rules_of_generate
+            if options.end_ids or is_after_prefix:
                 is_end = np.isin(ids[slot].take(order[slot]), (self._eos_id, *options.end_ids))
-                order[slot] = order[slot, np.argsort(is_end & (np.cumsum(is_end) > self.width), kind="stable")]
+                is_needless = is_end & (np.cumsum(is_end) > self.width)
+                if is_after_prefix:
+                    is_needless[1:] |= is_end[1:]
+                order[slot] = order[slot, np.argsort(is_needless, kind="stable")]
 
     def _best_running(self, best: _Continuations, stops: NDArray[np.bool_]) -> _Continuations:
         """The best W that do not stop. At the limit, where all do, it does not matter what they are."""

@@ -79,6 +79,28 @@ def test_what_is_decided_is_what_the_best_hypothesis_starts_with(width: int, ret
         assert all(final[: len(decided)] == decided for decided in lane.decided.get(0, ()))
 
 
+@pytest.mark.parametrize(("early_stopping", "best", "kept"), [(True, 5, 0), (True, EOS_ID, 1), (False, 5, 1), (False, EOS_ID, 1)])
+def test_right_after_a_prefix_only_the_best_continuation_of_an_early_stopping_beam_may_be_an_end(
+    early_stopping: bool, best: int, kept: int
+) -> None:
+    search = make_lane_search(3, 1, 8, EOS_ID, START_ID)
+    options = DecodingOptions(
+        beam_size=3, num_hypotheses=3, target_prefix=(9,), early_stopping=early_stopping, max_target_tokens=3
+    )
+    search.add(0, options)
+
+    def advance(*ids: int) -> list[int]:
+        log_probs = np.array([[[-0.1 - rank for rank in range(7)]] * 3], np.float32)
+        return search.advance(1, np.array([[ids] * 3]), log_probs).finished
+
+    after_prefix = (best, 5 if best == EOS_ID else EOS_ID, 6, 7, 8, 10, 11)
+    assert advance(*after_prefix) == []
+    assert advance(*after_prefix) == []
+    assert sorted(search.next_ids[0].tolist()) == [5, 6, 7]
+    assert advance(5, 6, 7, 8, 9, 10, 11) == [0]
+    assert [one.target_ids for one in search.hypotheses(0)].count((9,)) == kept
+
+
 def test_sources_without_further_ends_go_on_beside_those_that_have_some() -> None:
     search = make_lane_search(1, 2, 8, EOS_ID, START_ID)
     search.add(0, DecodingOptions())
