@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from export.attention import CachedSelfAttention, CacheScales, RaggedCrossAttention
-from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable
+from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable, lay_out
 from export.model import Transformer
 from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, Int8TokenTable, ObservedLinear, RoundToInt8
 from export.verify import Reference, module_stepper
@@ -26,17 +26,24 @@ def calibrated_graphs(model: Transformer, references: Iterable[Reference]) -> tu
         model: trained, in float32.
         references: sources and the model's translations of them; activations are measured on these.
     """
-    encoder, decoder = EncoderGraph(model, ObservedLinear).eval(), DecoderStepGraph(model, ObservedLinear).eval()
+    encoder, decoder = lay_out(model, ObservedLinear)
     step_through = module_stepper(model.config, encoder, decoder)
     for reference in references:
         step_through(reference)
     _quantize_caches(encoder, decoder, model.config.num_heads)
+    _quantize_tables(encoder, decoder)
     for graph in (encoder, decoder):
         _quantize_products(graph)
-        table = graph.embedding.tokens
-        assert isinstance(table, TokenTable)
-        graph.embedding.tokens = Int8TokenTable(table.rows)
     return encoder, decoder
+
+
+def _quantize_tables(encoder: EncoderGraph, decoder: DecoderStepGraph) -> None:
+    """Put tables of bytes in the place of the tables of tokens: one in the place of a shared one."""
+    source, target = encoder.embedding.tokens, decoder.embedding.tokens
+    assert isinstance(source, TokenTable)
+    assert isinstance(target, TokenTable)
+    encoder.embedding.tokens = Int8TokenTable(source.rows)
+    decoder.embedding.tokens = encoder.embedding.tokens if target is source else Int8TokenTable(target.rows)
 
 
 def _quantize_caches(encoder: EncoderGraph, decoder: DecoderStepGraph, num_heads: int) -> None:

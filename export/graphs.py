@@ -49,13 +49,22 @@ _LARGEST_BLOCK = 64
 _FEWEST_BLOCKS = 128
 
 
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A floating-point product."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
+class PlainLinear(nn.Module):
+    """A floating-point product. Its weight is turned as the graph's operator takes it, so that no tool turns a copy of it."""
+
+    weight: Tensor  # [K, N], a view
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Of ``weight`` [N, K] and ``bias`` [N]."""
+        super().__init__()
+        self.register_buffer("weight", weight.detach().t())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
 
 
 def candidate_block(vocab_size: int) -> int:
@@ -91,9 +100,10 @@ class GraphEmbedding(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, embedding: Embedding) -> None:
+    def __init__(self, embedding: Embedding, tokens: nn.Module | None = None) -> None:
+        """Lay out an embedding; ``tokens`` is its scaled table, where another has it already."""
         super().__init__()
-        self.tokens: nn.Module = TokenTable(embedding.tokens.weight.detach() * embedding.scale)
+        self.tokens: nn.Module = tokens or TokenTable(embedding.tokens.weight.detach() * embedding.scale)
         self.register_buffer("positions", embedding.position_table.detach().clone())
         self.norm = embedding.norm
 
@@ -155,7 +165,7 @@ class GraphEncoderLayer(nn.Module):
 class EncoderGraph(nn.Module):
     """Source ids to every decoder layer's cross-attention keys and values."""
 
-    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear) -> None:
+    def __init__(self, model: Transformer, linear: LinearFactory = PlainLinear) -> None:
         super().__init__()
         config = model.config
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
@@ -274,7 +284,14 @@ def _logits_of(logits: Tensor, ids: Tensor) -> Tensor:
 class DecoderStepGraph(nn.Module):
     """One decoder step of every row of a lane."""
 
-    def __init__(self, model: Transformer, linear: LinearFactory = plain_linear, *, device: Device = "cpu") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        linear: LinearFactory = PlainLinear,
+        *,
+        device: Device = "cpu",
+        tokens: nn.Module | None = None,
+    ) -> None:
         """Lay out a model's decoder.
 
         Args:
@@ -282,6 +299,7 @@ class DecoderStepGraph(nn.Module):
             linear: makes the products.
             device: what the graph is for. On a CPU a source costs its own length in cross-attention, and log-probabilities are
                 made when somebody wants them; on CUDA neither has been tried.
+            tokens: the scaled table of target tokens, where the encoder has it already.
         """
         super().__init__()
         config = model.config
@@ -289,7 +307,7 @@ class DecoderStepGraph(nn.Module):
         self.keeps_cross_cache = cross_attention.owns_caches
         self.alignment_layer = config.num_decoder_layers - 1 if config.alignment_layer is None else config.alignment_layer
         self.alignment_heads = config.alignment_heads or config.num_heads
-        self.embedding = GraphEmbedding(model.decoder.embedding)
+        self.embedding = GraphEmbedding(model.decoder.embedding, tokens)
         self.layers = nn.ModuleList(
             GraphDecoderLayer(_decoder_layer(layer), config, linear, cross_attention(config.num_heads))
             for layer in model.decoder.layers
@@ -351,6 +369,15 @@ class DecoderStepGraph(nn.Module):
         logits = self.output(self.final_norm(x)).float()
         ids, log_probs = self.candidates(logits, candidate_ranks.shape[0], log_probs_wanted)
         return ids, log_probs, logits, weights, appended, kept if self.keeps_cross_cache else []
+
+
+def lay_out(
+    model: Transformer, linear: LinearFactory = PlainLinear, *, device: Device = "cpu"
+) -> tuple[EncoderGraph, DecoderStepGraph]:
+    """Both graphs of a model, in evaluation mode; a table of tokens that the two sides share is one in these, too."""
+    encoder = EncoderGraph(model, linear)
+    tokens = encoder.embedding.tokens if model.config.share_embeddings else None
+    return encoder.eval(), DecoderStepGraph(model, linear, device=device, tokens=tokens).eval()
 
 
 def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:

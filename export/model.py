@@ -122,6 +122,12 @@ def sinusoidal_table(num_positions: int, d_model: int, *, concatenated: bool = F
     return table.to(torch.float32)
 
 
+def computed_positions(config: ModelConfig) -> Tensor:
+    """The table of a model that learns none: [max_positions, d_model]."""
+    concatenated = config.positions == "sinusoidal_concatenated"
+    return sinusoidal_table(config.max_positions, config.d_model, concatenated=concatenated)
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """The feed-forward non-linearity, by name."""
     match activation:
@@ -253,9 +259,7 @@ class Embedding(nn.Module):
         if config.positions == "learned":
             self.position_table = nn.Parameter(torch.zeros(config.max_positions, config.d_model))
         else:
-            concatenated = config.positions == "sinusoidal_concatenated"
-            table = sinusoidal_table(config.max_positions, config.d_model, concatenated=concatenated)
-            self.register_buffer("position_table", table, persistent=False)
+            self.register_buffer("position_table", computed_positions(config), persistent=False)
         self.norm = (
             nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias) if config.embedding_norm else nn.Identity()
         )

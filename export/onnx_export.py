@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from onnx import ModelProto
+from onnx import TensorProto
+from onnxscript import ir
 from torch import Tensor, nn
 
 from export.beam_widths import expand_cross_attention
+from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
 
@@ -23,15 +25,14 @@ OPSET = 18
 # Widest beam of a decoder for a CPU, which has a branch for each width.
 MAX_BEAM_SIZE = 16
 
+# Tensors of fewer bytes are constants of the graph and no weights.
+_SMALLEST_WEIGHT_BYTES = 1024
+
 _ANY = torch.export.Dim.DYNAMIC
 
 
-def export_encoder(graph: EncoderGraph) -> bytes:
-    """Trace the encoder: ``source_ids``, ``source_lengths`` -> ``cross_cache``; sources and source length are dynamic.
-
-    Returns:
-        The serialized ONNX model.
-    """
+def export_encoder(graph: EncoderGraph) -> TracedGraph:
+    """Trace the encoder: ``source_ids``, ``source_lengths`` -> ``cross_cache``; sources and source length are dynamic."""
     example = (torch.ones(3, 7, dtype=torch.int64), torch.tensor([7, 5, 2], dtype=torch.int32))
     return _trace(
         graph,
@@ -39,7 +40,7 @@ def export_encoder(graph: EncoderGraph) -> bytes:
         dynamic_shapes=({0: _ANY, 1: _ANY}, {0: _ANY}),
         input_names=["source_ids", "source_lengths"],
         output_names=["cross_cache"],
-    ).SerializeToString()
+    )
 
 
 def example_step(
@@ -62,23 +63,20 @@ def example_step(
     )
 
 
-def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> bytes:
+def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> TracedGraph:
     """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
 
     Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``log_probs_wanted``,
     ``attention_wanted``, ``self_cache.N``, ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``,
     ``attention``, ``self_cache_appended.N`` and, of a graph for a CPU, ``cross_cache_kept.N``: the caches are to be bound to the
     very memory of those that came in.
-
-    Returns:
-        The serialized ONNX model.
     """
     tensors = 2 * config.num_decoder_layers
     rows: dict[int, Any] = {0: _ANY, 1: _ANY}
     cache: dict[int, Any] = {0: _ANY, 2: _ANY}
     # Sizes of the example are all different, so that the tracer takes none for another.
     example = example_step(config, sources=3, width=2, source_capacity=7, target_capacity=11, dtype=cache_dtype)
-    model = _trace(
+    traced = _trace(
         graph,
         example,
         dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, {}, {}, [cache] * tensors, [cache] * tensors),
@@ -94,8 +92,8 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
         ],
     )
     if graph.keeps_cross_cache:
-        expand_cross_attention(model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
-    return model.SerializeToString()
+        expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
+    return traced
 
 
 def _trace(
@@ -105,20 +103,43 @@ def _trace(
     dynamic_shapes: Any,
     input_names: list[str],
     output_names: list[str],
-) -> ModelProto:
-    with _quiet():
-        program = torch.onnx.export(
-            graph.eval(),
-            example,
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=OPSET,
-            input_names=input_names,
-            output_names=output_names,
-            verbose=False,
-        )
-        assert program is not None
-    return program.model_proto
+) -> TracedGraph:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                graph.eval(),
+                example,
+                dynamo=True,
+                dynamic_shapes=dynamic_shapes,
+                opset_version=OPSET,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+    finally:
+        # The tracer of branches would keep the module, and all of its weights with it, for as long as the process lives.
+        torch.compiler.reset()
+    assert program is not None
+    return _without_weights(program.model)
+
+
+def _without_weights(model: ir.Model) -> TracedGraph:
+    """Take the weights out of a graph before anything copies them."""
+    weights: dict[str, Tensor] = {}
+    for name, value in model.graph.initializers.items():
+        constant = value.const_value
+        if constant is not None and constant.nbytes >= _SMALLEST_WEIGHT_BYTES:
+            raw = constant.raw
+            weights[name] = raw.detach() if isinstance(raw, Tensor) else torch.from_numpy(constant.numpy())
+            # Written as a tensor that lies elsewhere; where, nobody knows yet.
+            shape = ir.Shape(constant.shape.numpy())
+            value.const_value = ir.ExternalTensor("", 0, constant.nbytes, constant.dtype, shape=shape, name=name)
+    proto = ir.serde.serialize_model(model)
+    for tensor in proto.graph.initializer:
+        if tensor.name in weights:
+            del tensor.external_data[:]
+            tensor.data_location = TensorProto.DEFAULT
+    return TracedGraph(proto, weights)
 
 
 @contextmanager

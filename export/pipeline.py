@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from onnx import TensorProto
@@ -16,11 +19,12 @@ from export.attention import HEAD_DIM_STEP
 from export.cache_graphs import cache_rows_graph
 from export.calibration import calibrated_graphs
 from export.checkpoint import SAMPLES_NAME, Checkpoint, build_model, read_checkpoint, with_languages
-from export.graphs import DecoderStepGraph, EncoderGraph, max_candidates
-from export.model import Transformer
+from export.graph_files import LARGEST_EMBEDDED_BYTES, TracedGraph, write_graphs
+from export.graphs import DecoderStepGraph, Device, EncoderGraph, lay_out, max_candidates
+from export.model import ModelConfig, Transformer
 from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
 from export.samples import Samples, draw_samples
-from export.writer import check_destination, write_bundle
+from export.writer import Owned, check_destination, working_directory, write_bundle
 from serving.bundle import (
     CACHE_ROWS_NAME,
     DECODER_NAME,
@@ -48,8 +52,12 @@ def export_bundle(
     languages: Sequence[LanguagePair] = (),
     overwrite: bool = False,
     show_progress: bool = True,
+    largest_embedded_bytes: int = LARGEST_EMBEDDED_BYTES,
 ) -> Bundle:
     """Export a checkpoint.
+
+    The module and the runtime's sessions are never in memory together, and nobody holds the weights of a graph twice: an export
+    takes less than twice the bytes of the parameters in float32, and a few hundred megabytes for the libraries.
 
     Args:
         checkpoint: a directory that ``export.checkpoint`` can read.
@@ -58,6 +66,7 @@ def export_bundle(
         languages: what it translates from and into, where the checkpoint does not say so, or too much.
         overwrite: replace a bundle that is there.
         show_progress: a bar on standard error; what a user has to know is printed there with and without it.
+        largest_embedded_bytes: a bundle with more bytes of weights has them in a file beside its graphs.
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
@@ -68,69 +77,91 @@ def export_bundle(
     source = read_checkpoint(checkpoint)
     if languages:
         source = with_languages(source, languages)
-    if source.config.head_dim % HEAD_DIM_STEP:
+    config = source.config
+    if config.head_dim % HEAD_DIM_STEP:
         raise ExportError(
-            f"d_model / num_heads is {source.config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
+            f"d_model / num_heads is {config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
         )
     model = build_model(source)
     samples = draw_samples(source, calibrate=precision == "int8")
     for warning in _warnings(source, samples):
         tqdm.write(warning, file=sys.stderr)
+    source = replace(source, tensors={})
     # A phase each for the reference, a trace, its comparison and the writing; one pass over the sentences for each comparison.
     passes = 2 if precision == "fp32" else 3
-    with tqdm(
-        total=(3 if precision == "fp32" else 5) + passes * len(samples.certify),
-        desc="reference",
-        disable=None if show_progress else True,
-        leave=False,
-    ) as bar:
-
-        def phase(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        references = verify.make_references(model, samples.certify)
-        phase("trace fp32")
-        graphs = _trace(model, EncoderGraph(model), DecoderStepGraph(model))
-        files: dict[str, bytes | Path] = dict(source.tokenizer_files)
-        phase("verify")
-
-        def measure(name: str, stepper: verify.Stepper, tolerance: float | None = None) -> None:
-            comparisons[name] = verify.compare(
-                references, stepper, model.config, name=name, tolerance=tolerance, progress=bar.update
-            )
-
-        comparisons: dict[str, Comparison] = {}
-        measure("cached_pytorch", verify.pytorch_stepper(model), verify.FP32_LOGIT_TOLERANCE)
-        measure("onnx_fp32", verify.onnx_stepper(model.config, *graphs, name="onnx_fp32"), verify.FP32_LOGIT_TOLERANCE)
-        verify.check(comparisons)
+    total = (3 if precision == "fp32" else 5) + passes * len(samples.certify)
+    with (
+        working_directory(bundle) as work,
+        tqdm(total=total, desc="reference", disable=None if show_progress else True, leave=False) as bar,
+    ):
+        references = verify.make_references(model, samples.certify, logits_directory=work / "references")
+        certify = _Certifying(config, references, bar)
+        certify.measure("cached_pytorch", verify.pytorch_stepper(model), verify.FP32_LOGIT_TOLERANCE)
+        certify.phase("trace fp32")
+        traced = _trace(config, lay_out(model))
+        fp32_graphs = graphs = write_graphs(work / "fp32", traced, largest_embedded_bytes=largest_embedded_bytes)
+        del traced
+        gc.collect()  # what the tracer made refers in circles to the weights that it was given
+        if precision != "fp32":
+            certify.phase(f"trace {precision}")
+            traced = _trace_int8(model, samples, work) if precision == "int8" else _trace_fp16(model)
+            graphs = write_graphs(work / precision, traced, largest_embedded_bytes=largest_embedded_bytes)
+            del traced
+        # From here on the memory is the runtime's.
+        del model
+        gc.collect()
+        certify.phase("verify")
+        certify.measure_graphs("onnx_fp32", fp32_graphs, tolerance=verify.FP32_LOGIT_TOLERANCE)
+        verify.check(certify.comparisons)
         if precision == "int8":
-            phase("trace int8")
-            calibrated = calibrated_graphs(model, verify.make_references(model, samples.calibrate))
-            graphs = _trace(model, *calibrated, torch.int8)
-            phase("verify int8")
-            measure("onnx_int8", verify.onnx_stepper(model.config, *graphs, name="onnx_int8"))
+            certify.phase("verify int8")
+            certify.measure_graphs("onnx_int8", graphs)
         elif precision == "fp16":
-            phase("trace fp16")
-            model.half()
-            graphs = _trace(model, EncoderGraph(model), DecoderStepGraph(model, device="cuda"), torch.float16)
-            files[CACHE_ROWS_NAME] = cache_rows_graph(2 * model.config.num_decoder_layers, TensorProto.FLOAT16)
-            phase("verify fp16")
+            certify.phase("verify fp16")
             try:
-                stepper = verify.onnx_stepper(model.config, *graphs, name="onnx_fp16", device="cuda")
+                certify.measure_graphs("onnx_fp16", graphs, device="cuda")
             except ServerStartError as error:
                 tqdm.write(f"fp16 was not verified here, so that the certificate says nothing of it: {error}", file=sys.stderr)
-            else:
-                measure("onnx_fp16", stepper)
-        phase("write")
+        certify.phase("write")
+        files: dict[str, bytes | Path | Owned] = {name: Owned(path) for name, path in graphs.items()}
+        files |= source.tokenizer_files
+        if precision == "fp16":
+            files[CACHE_ROWS_NAME] = cache_rows_graph(2 * config.num_decoder_layers, TensorProto.FLOAT16)
         certificate = Certificate(
             sample_source=samples.source,
             sentences=len(references),
             decoded_tokens=sum(len(r.target_ids) for r in references),
-            comparisons=comparisons,
+            comparisons=certify.comparisons,
         )
-        files[ENCODER_NAME], files[DECODER_NAME] = graphs
         return write_bundle(bundle, files, _manifest(source, precision, certificate), overwrite=overwrite)
+
+
+class _Certifying:
+    """Comparisons with the references, as they are made, and how far the export is."""
+
+    def __init__(self, config: ModelConfig, references: list[verify.Reference], bar: tqdm[NoReturn]) -> None:
+        self.comparisons: dict[str, Comparison] = {}
+        self._config = config
+        self._references = references
+        self._bar = bar
+
+    def phase(self, name: str) -> None:
+        """The phase before is over."""
+        self._bar.set_description(name)
+        self._bar.update()
+
+    def measure(self, name: str, stepper: verify.Stepper, tolerance: float | None = None) -> None:
+        """Compare a stepper with the references."""
+        self.comparisons[name] = verify.compare(
+            self._references, stepper, self._config, name=name, tolerance=tolerance, progress=self._bar.update
+        )
+
+    def measure_graphs(
+        self, name: str, graphs: Mapping[str, Path], *, tolerance: float | None = None, device: Device = "cpu"
+    ) -> None:
+        """Compare graphs with the references; raises ServerStartError where the device is not there."""
+        stepper = verify.onnx_stepper(self._config, graphs[ENCODER_NAME], graphs[DECODER_NAME], name=name, device=device)
+        self.measure(name, stepper, tolerance)
 
 
 def _warnings(checkpoint: Checkpoint, samples: Samples) -> list[str]:
@@ -145,10 +176,20 @@ def _warnings(checkpoint: Checkpoint, samples: Samples) -> list[str]:
     return warnings
 
 
+def _trace_int8(model: Transformer, samples: Samples, work: Path) -> dict[str, TracedGraph]:
+    references = verify.make_references(model, samples.calibrate, logits_directory=work / "calibration")
+    return _trace(model.config, calibrated_graphs(model, references), torch.int8)
+
+
+def _trace_fp16(model: Transformer) -> dict[str, TracedGraph]:
+    return _trace(model.config, lay_out(model.half(), device="cuda"), torch.float16)
+
+
 def _trace(
-    model: Transformer, encoder: EncoderGraph, decoder: DecoderStepGraph, cache_dtype: torch.dtype = torch.float32
-) -> tuple[bytes, bytes]:
-    return export_encoder(encoder), export_decoder(decoder, model.config, cache_dtype)
+    config: ModelConfig, graphs: tuple[EncoderGraph, DecoderStepGraph], cache_dtype: torch.dtype = torch.float32
+) -> dict[str, TracedGraph]:
+    encoder, decoder = graphs
+    return {ENCODER_NAME: export_encoder(encoder), DECODER_NAME: export_decoder(decoder, config, cache_dtype)}
 
 
 def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certificate) -> ManifestDraft:

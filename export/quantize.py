@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _DOMAIN = "com.microsoft"
+# Values of a matrix that are rounded at a time: what that takes beside the matrix does not grow with it.
+_VALUES_AT_ONCE = 1 << 24
 # A row, or a column, of zeros has no scale; this one keeps it zeros.
 SMALLEST_MAXIMUM = 1e-10
 
 
 def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> int8 [K, N], symmetric, and the scale [N] of each output column."""
-    scale = weight.detach().abs().amax(dim=1).clamp(min=SMALLEST_MAXIMUM) / 127
-    quantized = (weight.detach() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return quantized.t().contiguous(), scale
+    weight = weight.detach()
+    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=SMALLEST_MAXIMUM) / 127
+    quantized = torch.empty(weight.shape[::-1], dtype=torch.int8)
+    rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        at = slice(start, start + rows)
+        quantized[:, at] = (weight[at] / scale[at, None]).round_().clamp_(-127, 127).t()
+    return quantized, scale
 
 
 class ObservedLinear(nn.Module):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from export.graphs import DecoderStepGraph, EncoderGraph
+from export.graphs import DecoderStepGraph, EncoderGraph, lay_out
 from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step
 from export.samples import Sample
@@ -41,8 +42,16 @@ class Reference:
     source_ids: tuple[int, ...]
     # Start token, what the target is made to start with, then its greedy translation, without the end-of-sentence token.
     target_ids: tuple[int, ...]
-    # [len(target_ids), vocabulary], from the uncached pass over target_ids.
-    logits: NDArray[np.float32]
+    # The logits, or the file that has them: those of a large vocabulary's references together are as large as the model.
+    stored_logits: NDArray[np.float32] | Path
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[len(target_ids), vocabulary], from the uncached pass over target_ids."""
+        if isinstance(self.stored_logits, Path):
+            loaded: NDArray[np.float32] = np.load(self.stored_logits)
+            return loaded
+        return self.stored_logits
 
 
 # Logits [positions, at least the vocabulary] of one graph, stepped through source_ids and target_ids.
@@ -50,20 +59,25 @@ Stepper = Callable[[Reference], NDArray[np.float32]]
 
 
 @torch.no_grad()
-def make_references(model: Transformer, samples: Sequence[Sample]) -> list[Reference]:
+def make_references(model: Transformer, samples: Sequence[Sample], *, logits_directory: Path | None = None) -> list[Reference]:
     """Greedy translations by the uncached pass, which computes the whole prefix anew.
 
     They are drafted with caches, and one uncached pass over a draft says whether each of its tokens is the one that the pass
     itself would have chosen. Where one is not, the draft is cut there and goes on with the pass's own: the outcome is the same
     as of a pass for every token.
 
+    Args:
+        model: trained.
+        samples: their sources and how their targets start.
+        logits_directory: where files for the logits are made; None keeps them in memory.
+
     Raises:
-        ExportError: the model's logits are not finite.
+        ExportError: the model's logits are not finite, or a file cannot be written.
     """
     config = model.config
     longest = min(_LONGEST_TARGET, config.max_positions)
-    encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model).eval()
-    references = []
+    encoder, decoder = lay_out(model)
+    references: list[Reference] = []
     for sample in samples:
         source = sample.source_ids
         source_ids, lengths = torch.tensor([list(source)]), torch.tensor([len(source)])
@@ -81,8 +95,19 @@ def make_references(model: Transformer, samples: Sequence[Sample]) -> list[Refer
             if best[agreed] == config.eos_id or len(target) == longest:
                 break
             target.append(best[agreed])
-        references.append(Reference(source, tuple(target), logits.numpy()[: len(target)]))
+        kept = logits.numpy()[: len(target)]
+        stored = kept if logits_directory is None else _stored(kept, logits_directory / f"{len(references)}.npy")
+        references.append(Reference(source, tuple(target), stored))
     return references
+
+
+def _stored(logits: NDArray[np.float32], path: Path) -> Path:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, logits)
+    except OSError as error:
+        raise ExportError(f"the model's logits could not be stored: {error}") from error
+    return path
 
 
 def _drafted(
@@ -136,7 +161,7 @@ class _EagerDecoding:
 
 def pytorch_stepper(model: Transformer) -> Stepper:
     """The graphs' modules run eagerly: incremental decoding with caches, in PyTorch."""
-    return module_stepper(model.config, EncoderGraph(model).eval(), DecoderStepGraph(model).eval())
+    return module_stepper(model.config, *lay_out(model))
 
 
 def module_stepper(config: ModelConfig, encoder: EncoderGraph, decoder: DecoderStepGraph) -> Stepper:
@@ -150,12 +175,14 @@ def module_stepper(config: ModelConfig, encoder: EncoderGraph, decoder: DecoderS
     return step_through
 
 
-def onnx_stepper(config: ModelConfig, encoder_onnx: bytes, decoder_onnx: bytes, *, name: str, device: str = "cpu") -> Stepper:
+def onnx_stepper(
+    config: ModelConfig, encoder_onnx: Path | bytes, decoder_onnx: Path | bytes, *, name: str, device: str = "cpu"
+) -> Stepper:
     """The exported graphs on ONNX Runtime, loaded as serving loads them, with the self-attention cache appended to in place.
 
     Args:
         config: the model's.
-        encoder_onnx: serialized.
+        encoder_onnx: a file, or the serialized graph.
         decoder_onnx: the same.
         name: of their comparison, for errors. One that the stepper raises is an ExportError: what the decoder calls its best
             candidate is not that.

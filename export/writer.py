@@ -17,7 +17,8 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -27,14 +28,21 @@ from serving.errors import BundleError, ExportError
 _CHUNK_BYTES = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A file in a working directory, which becomes the bundle's own: it is renamed, where another would be copied."""
+
+    path: Path
+
+
 def write_bundle(
-    directory: Path, files: Mapping[str, bytes | Path], manifest: ManifestDraft, *, overwrite: bool = False
+    directory: Path, files: Mapping[str, bytes | Path | Owned], manifest: ManifestDraft, *, overwrite: bool = False
 ) -> Bundle:
     """Write a bundle; on any error, and on a kill, nothing of it is left at ``directory``.
 
     Args:
         directory: the bundle's place; its parents are made when they are missing.
-        files: contents, or the file to copy, by name in the bundle; without the manifest.
+        files: contents, or the file to copy or to take, by name in the bundle; without the manifest.
         manifest: the rest of the manifest.
         overwrite: replace the bundle that is there, whole; it stays until the new one is complete on disk.
 
@@ -74,6 +82,23 @@ def check_destination(directory: Path, *, overwrite: bool = False) -> None:
         raise ExportError(f"{directory} exists and is not a bundle; it is left alone")
     if exists and not overwrite:
         raise ExportError(f"{directory} exists; --overwrite replaces it")
+
+
+@contextmanager
+def working_directory(directory: Path) -> Iterator[Path]:
+    """A place for an export's own files, beside the bundle that it makes at ``directory``; gone afterwards.
+
+    Raises:
+        ExportError: it cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            place = Path(os.path.realpath(directory))
+            _clear_up(place)
+            working = stack.enter_context(_partial_directory(place))
+        except OSError as error:
+            raise ExportError(f"bundle {directory} could not be written: {error}") from error
+        yield working
 
 
 @contextmanager
@@ -148,8 +173,14 @@ def _aside_prefix(place: Path) -> str:
     return f".{place.name}.replaced-"
 
 
-def _write(path: Path, contents: bytes | Path) -> FileEntry:
+def _write(path: Path, contents: bytes | Path | Owned) -> FileEntry:
     """Write one file through to the disk, hashing what is written."""
+    if isinstance(contents, Owned):
+        with contents.path.open("rb") as source:
+            entry = FileEntry(sha256=hashlib.file_digest(source, "sha256").hexdigest(), bytes=source.tell())
+            os.fsync(source.fileno())
+        os.rename(contents.path, path)
+        return entry
     digest = hashlib.sha256()
     size = 0
     with BytesIO(contents) if isinstance(contents, bytes) else contents.open("rb") as source, path.open("xb") as target:

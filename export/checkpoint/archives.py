@@ -60,16 +60,13 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
         faults: of the whole checkpoint so far.
     """
     try:
-        is_mapped = False
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if found := size_faults(path, archive.infolist()):
                     faults += [f"{path.name}: {fault}" for fault in found]
                     return {}
-                # torch does not; one that another tool packed again may be.
-                is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
         with stand_ins((*COMMON_CLASSES, *classes)):
-            document: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+            document: Any = load_pickle(path)
     # A broken or hostile pickle makes torch raise nearly anything.
     except Exception as error:
         faults.append(f"{path.name}: {_load_fault(error, conversion)}")
@@ -78,6 +75,16 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
         faults.append(f"{path.name}: holds no dict")
         return {}
     return document
+
+
+def load_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, without running any code; tensors are the file's own pages where its format allows that."""
+    is_mapped = False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch leaves them so; an archive that another tool packed again may not be.
+            is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
 def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: list[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ first of: ``decoder.embedding.tokens.weight``, ``encoder.embedding.tokens.weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from export.model import ModelConfig, Transformer
+from export.model import ModelConfig, Transformer, computed_positions
 from serving.bundle import AnyTokenizerSpec, DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 
@@ -28,6 +28,8 @@ _OUTPUT = "output.weight"
 # Real source sentences, one a line: a file that any format's directory may have beside its own.
 SAMPLES_NAME = "samples.txt"
 
+# Values of a tensor that are looked at together: what that takes beside the tensor does not grow with it.
+_VALUES_AT_ONCE = 1 << 24
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -119,13 +121,24 @@ def tensor_faults(config: ModelConfig, tensors: Mapping[str, Tensor], file_names
             faults.append(f"{called}: shape {found}, expected {list(expected[name])}")
         elif tensor.dtype not in _DTYPES:
             faults.append(f"{called}: of type {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-        elif bad := int((~torch.isfinite(tensor)).sum()):
+        elif bad := not_finite(tensor):
             faults.append(f"{called}: {bad} of {tensor.numel()} values are not finite")
     return faults
 
 
+def not_finite(tensor: Tensor) -> int:
+    """How many values of a tensor are infinite or no numbers."""
+    if tensor.dim() == 0:
+        return int(not tensor.isfinite())
+    rows = max(1, _VALUES_AT_ONCE * tensor.shape[0] // max(1, tensor.numel()))
+    parts: Iterable[Tensor] = torch.split(tensor, rows)
+    return sum(int((~part.isfinite()).sum()) for part in parts)
+
+
 def build_model(checkpoint: Checkpoint) -> Transformer:
     """The module with the checkpoint's weights: float32, on the CPU, in evaluation mode.
+
+    The weights are the checkpoint's tensors themselves, which a file's own pages may hold, and no copies of them.
 
     Raises:
         CheckpointError: naming every tensor that is missing, extra, misshapen or not finite.
@@ -133,8 +146,16 @@ def build_model(checkpoint: Checkpoint) -> Transformer:
     if faults := tensor_faults(checkpoint.config, checkpoint.tensors):
         raise CheckpointError(checkpoint.name, faults)
     shared = shared_names(checkpoint.config)
-    model = Transformer(checkpoint.config)
-    model.load_state_dict({**checkpoint.tensors, **{name: checkpoint.tensors[own] for name, own in shared.items()}})
+    with torch.device("meta"):  # no memory for weights that are not these
+        model = Transformer(checkpoint.config)
+    tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items()}
+    tensors |= {name: tensors[own] for name, own in shared.items()}
+    model.load_state_dict(tensors, assign=True)
+    if checkpoint.config.tie_output:
+        model.output.weight = model.decoder.embedding.tokens.weight
+    if checkpoint.config.positions != "learned":
+        for side in (model.encoder, model.decoder):
+            side.embedding.position_table = computed_positions(checkpoint.config)
     return model.eval()
 
 

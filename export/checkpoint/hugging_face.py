@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.checkpoint.archives import first_line, state_dict
+from export.checkpoint.archives import first_line, load_pickle, state_dict
 from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
 from export.model import ModelConfig
 from serving.bundle import name_fault
@@ -137,9 +137,7 @@ def _read_files(
 def _read_file(path: Path, sha256: hashlib._Hash, faults: list[str]) -> dict[str, Tensor]:
     """The tensors of one file, whose bytes go into ``sha256``; none after a fault, which goes to ``faults``."""
     try:
-        stored: Any = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        stored: Any = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
         with path.open("rb") as stream:
             hashlib.file_digest(stream, lambda: sha256)
     # A broken or hostile pickle makes torch raise nearly anything.

@@ -49,10 +49,10 @@ def traced(request: pytest.FixtureRequest) -> Traced:
     model = tiny_model(tiny_config(num_decoder_layers=2, d_model=32, num_heads=4))
     if request.param == "fp32":
         module = DecoderStepGraph(model).eval()
-        graph = export_decoder(module, model.config)
+        graph = export_decoder(module, model.config).serialized()
         return Traced(model.config, module, graph, load_graph(graph), np.float32)
     _, module = calibrated_graphs(model, verify.make_references(model, SAMPLES))
-    graph = export_decoder(module, model.config, torch.int8)
+    graph = export_decoder(module, model.config, torch.int8).serialized()
     return Traced(model.config, module, graph, load_graph(graph), np.int8)
 
 

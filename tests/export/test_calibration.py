@@ -44,7 +44,12 @@ def calibrated() -> Calibrated:
     references = verify.make_references(model, SAMPLES)
     encoder, decoder = calibrated_graphs(model, references)
     return Calibrated(
-        model, references, encoder, decoder, export_encoder(encoder), export_decoder(decoder, model.config, torch.int8)
+        model,
+        references,
+        encoder,
+        decoder,
+        export_encoder(encoder).serialized(),
+        export_decoder(decoder, model.config, torch.int8).serialized(),
     )
 
 

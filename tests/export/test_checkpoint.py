@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint, with_languages, write_native_checkpoint
-from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
+from export.checkpoint.base import expected_shapes, not_finite, shared_names, tensor_faults
 from export.model import ModelConfig, Transformer
 from serving.bundle import LanguagePair, LanguageTokens, TokenizerSpec
 from serving.errors import CheckpointError
@@ -298,6 +298,27 @@ def test_every_wrong_tensor_is_named_beside_the_other_faults(directory: Path) ->
     assert faults[0] == "sentencepiece.model: is missing"
     assert set(faults[1:-1]) == {f"model.safetensors: {fault}" for fault in SPOILT}
     assert faults[-1].startswith("samples.txt: ")
+
+
+def test_a_model_has_the_tensors_themselves_and_shares_what_is_shared(directory: Path) -> None:
+    checkpoint = read_checkpoint(directory)
+    model = build_model(checkpoint)
+    for name, tensor in model.state_dict().items():
+        own = shared_names(checkpoint.config).get(name, name)
+        assert tensor.data_ptr() == checkpoint.tensors[own].data_ptr(), name
+    assert model.output.weight is model.decoder.embedding.tokens.weight is model.encoder.embedding.tokens.weight
+    assert not [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+
+
+def test_values_that_are_not_finite_are_counted_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(7, 5)
+    tensor[0, 0], tensor[3, 1], tensor[6, 4] = torch.inf, -torch.inf, torch.nan
+    for values_at_once in (1, 5, 10, 12, 100):
+        monkeypatch.setattr("export.checkpoint.base._VALUES_AT_ONCE", values_at_once)
+        assert not_finite(tensor) == not_finite(tensor.t()) == 3
+        assert not_finite(tensor.flatten()) == 3
+    assert not_finite(torch.zeros(0, 5)) == not_finite(torch.tensor(1.0)) == 0
+    assert not_finite(torch.tensor(torch.nan)) == 1
 
 
 def test_build_model_names_every_wrong_tensor(directory: Path) -> None:

@@ -219,7 +219,9 @@ TRACED = {
 def traced(request: pytest.FixtureRequest) -> Traced:
     model = random_model(**TRACED)
     encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model, device=request.param).eval()
-    return Traced(model.config, encoder, export_encoder(encoder), decoder, export_decoder(decoder, model.config))
+    return Traced(
+        model.config, encoder, export_encoder(encoder).serialized(), decoder, export_decoder(decoder, model.config).serialized()
+    )
 
 
 @torch.no_grad()

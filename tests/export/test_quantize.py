@@ -176,6 +176,18 @@ def test_a_traced_product_equals_its_layer(with_bias: bool, non_negative: bool, 
         np.testing.assert_allclose(got, layer(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_columns_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(11, 16)
+    weight[4] = 0.0
+    whole, scale = quantize_columns(weight)
+    assert whole.is_contiguous()
+    for values_at_once in (1, 16, 40, 1000):
+        monkeypatch.setattr("export.quantize._VALUES_AT_ONCE", values_at_once)
+        parts, same_scale = quantize_columns(weight)
+        assert torch.equal(parts, whole)
+        assert torch.equal(same_scale, scale)
+
+
 # Tables and rounding.
 
 

@@ -48,6 +48,20 @@ def test_references_are_the_models_own_greedy_translations(model: Transformer) -
         assert tuple(decodable.argmax(axis=1)[:-1]) == reference.target_ids[1:]
 
 
+def test_logits_are_kept_in_files_where_there_is_a_place_for_them(model: Transformer, tmp_path: Path) -> None:
+    kept = verify.make_references(model, SAMPLES, logits_directory=tmp_path / "logits")
+    assert [reference.stored_logits for reference in kept] == [tmp_path / "logits" / f"{i}.npy" for i in range(3)]
+    for one, other in zip(kept, verify.make_references(model, SAMPLES), strict=True):
+        assert (one.source_ids, one.target_ids) == (other.source_ids, other.target_ids)
+        assert np.array_equal(one.logits, other.logits)
+
+
+def test_logits_that_cannot_be_stored(model: Transformer, tmp_path: Path) -> None:
+    (tmp_path / "logits").write_text("a file")
+    with pytest.raises(ExportError, match="the model's logits could not be stored"):
+        verify.make_references(model, SAMPLES, logits_directory=tmp_path / "logits")
+
+
 def plain_references(model: Transformer, samples: list[Sample], longest: int) -> list[verify.Reference]:
     """Greedy translation written out: for each token an uncached pass over the whole prefix."""
     config, references = model.config, []
@@ -180,12 +194,12 @@ def test_logits_that_are_no_numbers_are_refused(model: Transformer) -> None:
 
 
 def test_a_candidate_that_is_not_the_best_of_its_own_logits_is_refused(model: Transformer) -> None:
-    decoder = onnx.load_from_string(export_decoder(DecoderStepGraph(model).eval(), model.config))
+    decoder = onnx.load_from_string(export_decoder(DecoderStepGraph(model).eval(), model.config).serialized())
     (maker,) = [node for node in decoder.graph.node if "candidate_ids" in node.output]
     maker.output[list(maker.output).index("candidate_ids")] = "right_ids"
     decoder.graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
     decoder.graph.node.append(helper.make_node("BitwiseXor", ["right_ids", "one"], ["candidate_ids"]))
-    encoder = export_encoder(EncoderGraph(model).eval())
+    encoder = export_encoder(EncoderGraph(model).eval()).serialized()
     stepper = verify.onnx_stepper(model.config, encoder, decoder.SerializeToString(), name="onnx_fp16")
     with pytest.raises(ExportError, match=r"^onnx_fp16: the decoder's best candidate is not the best of its own logits; "):
         stepper(verify.make_references(model, SAMPLES)[0])
@@ -305,7 +319,7 @@ class NoTimeError(Exception):
 def test_random_ids_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: Precision, measured: str
 ) -> None:
-    def stop(_model: object, _sources: object) -> list[verify.Reference]:
+    def stop(_model: object, _sources: object, *, logits_directory: Path) -> list[verify.Reference]:
         raise NoTimeError
 
     monkeypatch.setattr(verify, "make_references", stop)
@@ -344,6 +358,6 @@ def test_a_graph_that_the_runtime_cannot_load_is_a_fault_of_the_bundle(tiny_bund
     directory.mkdir()
     for path in tiny_bundle.directory.iterdir():
         (directory / path.name).write_bytes(path.read_bytes())
-    (directory / "decoder.onnx").write_bytes(b"not a graph")
+    (directory / "decoder.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="a graph cannot be loaded"):
         HostModelSession(Bundle(directory=directory, manifest=tiny_bundle.manifest))

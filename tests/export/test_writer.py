@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from export.writer import check_destination, write_bundle
+from export.writer import Owned, check_destination, working_directory, write_bundle
 from serving.bundle import Bundle, ManifestDraft, read_bundle
 from serving.errors import ExportError
 from tests.serving.test_bundle import manifest_fields
@@ -47,6 +47,32 @@ def test_files_are_copied_and_parents_made(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "a" / "b" / "tiny", {**FILES, "encoder.onnx": large}, draft())
     assert read_bundle(tmp_path / "a" / "b" / "tiny").manifest == bundle.manifest
     assert bundle.encoder_path.read_bytes() == large.read_bytes()
+
+
+def test_a_file_that_is_owned_is_taken_and_not_copied(place: Path) -> None:
+    with working_directory(place) as work:
+        (work / "large").write_bytes(b"another encoder")
+        inode = (work / "large").stat().st_ino
+        bundle = write_bundle(place, {**FILES, "encoder.onnx": Owned(work / "large")}, draft())
+        assert os.listdir(work) == []
+    assert read_bundle(place) == bundle
+    assert bundle.encoder_path.read_bytes() == b"another encoder"
+    assert bundle.encoder_path.stat().st_ino == inode
+    assert os.listdir(place.parent) == ["tiny"]
+
+
+def test_an_export_at_work_keeps_its_working_directory_until_it_ends(place: Path) -> None:
+    with working_directory(place) as work:
+        (work / "large").write_bytes(b"half of an encoder")
+        write_bundle(place, FILES, draft("another's"))
+        assert (work / "large").is_file()
+    assert os.listdir(place.parent) == ["tiny"]
+
+
+def test_a_working_directory_that_cannot_be_made(place: Path) -> None:
+    place.write_text("a file")
+    with pytest.raises(ExportError, match="could not be written"), working_directory(place / "tiny"):
+        pytest.fail("there is no such directory")
 
 
 def test_others_may_read_it(place: Path) -> None:

@@ -44,7 +44,7 @@ def padded_bundle(roomy_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     """In fp32, which runs on a CPU, with a decoder laid out as for CUDA."""
     bundle = export_bundle(roomy_checkpoint, tmp_path_factory.mktemp("roomy") / "padded", show_progress=False)
     model = build_model(read_checkpoint(roomy_checkpoint))
-    bundle.decoder_path.write_bytes(export_decoder(DecoderStepGraph(model, device="cuda"), model.config))
+    bundle.decoder_path.write_bytes(export_decoder(DecoderStepGraph(model, device="cuda"), model.config).serialized())
     return bundle
 
 
