@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from serving.bundle import Bundle
 from serving.errors import BundleError, EngineError, ServerStartError
+from serving.runtime.external_data import external_data_faults
 
 _SPIN_US = 50
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -76,8 +77,10 @@ def load_graphs(bundle: Bundle, paths: tuple[Path, ...], *, device: str, threads
 
     Raises:
         ServerStartError: the device is not there, or the installed ONNX Runtime cannot use it.
-        BundleError: a graph that cannot be loaded.
+        BundleError: a graph that cannot be loaded, or takes tensors from a file that the manifest does not list.
     """
+    if faults := [fault for path in paths for fault in external_data_faults(path, bundle.manifest.files)]:
+        raise BundleError(bundle.directory, faults)
     # Over bytes, tiles are slower.
     tiled = bundle.manifest.precision != "int8"
     if tiled:
