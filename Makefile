@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Written whole or not at all; make, interrupted, would take it from the rest of its bundle.
 .PRECIOUS: $(BUNDLE)/manifest.json
 .DEFAULT_GOAL := help
-.PHONY: help install protos format lint types test test-gpu test-peers test-all bench bench-gpu demo serve lock clean
+.PHONY: help install protos format lint types test test-gpu test-large test-peers test-all bench bench-gpu demo serve lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -75,6 +75,10 @@ test: $(INSTALLED)  ## Run the tests; TESTS narrows them down.
 # They need onnxruntime-gpu (requirements/serve-gpu.txt) in place of onnxruntime in the environment; -rs says why they were skipped.
 test-gpu: $(INSTALLED)  ## Run the tests that need a CUDA device; without one they are skipped.
 	$(BIN)/python -m pytest -rs tests/gpu
+
+# In minutes and gigabytes: 1.37 billion parameters, 11 GB of memory, 20 GB of disk in the directory for temporary files (TMPDIR).
+test-large: $(INSTALLED)  ## Export a model of 1.37 billion parameters and measure the memory that it takes.
+	$(BIN)/python -m pytest -m large -rP tests/export/test_large.py
 
 # Not locked and not part of test: the newest peers are the ones to compare with. -rP prints the figures that were measured.
 test-peers: $(INSTALLED)  ## Compare with Hugging Face transformers and CTranslate2, which are installed first.
