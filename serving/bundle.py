@@ -1,6 +1,7 @@
 """The bundle: its manifest, and how a directory becomes one.
 
-A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx`` and the tokenizer's files. This module knows
+A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx`` and the tokenizer's files; a large one has the
+graphs' weights in a file of their own, which ``runtime/external_data.py`` lets the graphs refer to. This module knows
 the manifest's fields and how a bundle is checked before any of it is used; it does not know what the graphs compute, how they
 are run, or how a bundle is written (``export/writer.py``).
 
