@@ -21,7 +21,7 @@ from export.checkpoint import Checkpoint
 from export.checkpoint.marian import parameter_names
 from export.graphs import NEVER
 
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "swish"}
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_sigmoid": "quick_gelu", "silu": "swish"}
 _WRITERS = (".output", ".outer", "_residual.norm")
 _EMBEDDING = "decoder.embedding.tokens.weight"
 

@@ -28,8 +28,8 @@ from export.model import (
     ModelConfig,
     MultiHeadAttention,
     Transformer,
-    activate,
 )
+from export.operators import activation
 
 # (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
@@ -124,7 +124,7 @@ class GraphFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        x = self.outer(activate(self.inner(x), self.activation))
+        x = self.outer(activation(self.inner(x), self.activation))
         return x
 
 

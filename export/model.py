@@ -16,9 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Activation = Literal["relu", "gelu", "silu"]
+# "gelu" is x * Phi(x); "gelu_tanh" and "gelu_sigmoid" are the two approximations of its paper (Hendrycks and Gimpel, 2016).
+Activation = Literal["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"]
 Positions = Literal["sinusoidal", "sinusoidal_concatenated", "learned"]
 NormPlacement = Literal["post", "pre"]
+
+# Of gelu_sigmoid: x * sigmoid(1.702 x).
+GELU_SIGMOID_RATE = 1.702
 
 
 class ModelConfig(BaseModel):
@@ -135,6 +139,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
             return F.relu(x)
         case "gelu":
             return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu_sigmoid":
+            return x * torch.sigmoid(GELU_SIGMOID_RATE * x)
         case "silu":
             return F.silu(x)
 

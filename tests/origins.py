@@ -349,6 +349,8 @@ def fairseq_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence
                 inner = inner * sigmoid(inner)
             case "gelu":
                 inner = inner * (1 + np.vectorize(math.erf)(inner / math.sqrt(2))) / 2
+            case "gelu_accurate" | "gelu_fast":
+                inner = inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))) / 2
         x = x + linear(inner, f"{name}.fc2")
         return x if pre else norm(x, f"{name}.final_layer_norm")
 

@@ -9,10 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from export.checkpoint.hugging_face import one_of
-from export.model import Activation, ModelConfig, NormPlacement
-
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
+from export.checkpoint.hugging_face import ACTIVATIONS, one_of
+from export.model import ModelConfig, NormPlacement
 
 # Far beyond any model there is; more would only be work or memory for one that cannot be.
 Size = Annotated[int, Field(gt=0, le=2**24)]
@@ -46,9 +44,9 @@ class BartFields(BaseModel):
     def architecture_faults(self) -> list[str]:
         """Every field whose value contradicts another, or is one that this project's module has no place for."""
         faults = []
-        if self.activation_function not in _ACTIVATIONS:
+        if self.activation_function not in ACTIVATIONS:
             faults.append(
-                f"activation_function: {self.activation_function!r} is not supported, only {' or '.join(map(repr, _ACTIVATIONS))}"
+                f"activation_function: {self.activation_function!r} is not supported, only {' or '.join(map(repr, ACTIVATIONS))}"
             )
         if self.encoder_attention_heads != self.decoder_attention_heads:
             faults.append(
@@ -83,7 +81,7 @@ class BartFields(BaseModel):
             encoder_d_ff=self.encoder_ffn_dim,
             decoder_d_ff=self.decoder_ffn_dim,
             norm=norm,
-            activation=_ACTIVATIONS[self.activation_function],
+            activation=ACTIVATIONS[self.activation_function],
             # Such a module has no parameters for positions: the rest is checked before tables are made, of whatever size.
             positions="sinusoidal_concatenated",
             max_positions=self.max_position_embeddings,

@@ -27,7 +27,7 @@ SIDES = ("encoder", "decoder")
 TARGET_EMBEDDING = "decoder/embeddings/weight"
 PROJECTION = "decoder/projection"
 
-_ACTIVATIONS: dict[int, Activation] = {0: "relu", 2: "silu", 3: "gelu"}
+_ACTIVATIONS: dict[int, Activation] = {0: "relu", 1: "gelu_tanh", 2: "silu", 3: "gelu", 4: "gelu_sigmoid"}
 _ACTIVATION_NAMES = ("ReLU", "GELUTanh", "Swish", "GELU", "GELUSigmoid", "Tanh", "Sigmoid")
 # Settings by their last name: those that are read, and those that change nothing of what the module computes (which attention is
 # returned as an alignment; how one would merge several embeddings; details of what is off).

@@ -26,7 +26,13 @@ CLASSES = (
     "fairseq.logging.meters.SumMeter",
     "fairseq.data.dictionary.Dictionary",
 )
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "swish": "silu",
+}
 _OFF = (None, False, 0)
 # Settings that would make another architecture, and the values with which they do not.
 _ONLY: Mapping[str, tuple[Any, ...]] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from export.checkpoint.archives import first_line, load_pickle, state_dict
 from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
-from export.model import ModelConfig
+from export.model import Activation, ModelConfig
 from serving.bundle import name_fault
 
 CONFIG_NAME = "config.json"
@@ -30,6 +30,18 @@ ADDED_TOKENS_NAME = "added_tokens.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 SAFETENSORS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
+
+# The library's names; the three of the tanh approximation differ in rounding alone.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 def is_of_type(directory: Path, model_type: str) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.generation import GenerationSettings, read_generation
 from export.checkpoint.hugging_face import (
+    ACTIVATIONS,
     CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
     is_of_type,
@@ -37,7 +38,7 @@ from export.checkpoint.hugging_face import (
     setting_faults,
     token_text,
 )
-from export.model import Activation, ModelConfig
+from export.model import ModelConfig
 from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.errors import CheckpointError
 from serving.tokenizers.marian import MarianTokenizer
@@ -47,7 +48,6 @@ TARGET_MODEL_NAME = "target.spm"
 VOCABULARY_NAME = "vocab.json"
 TARGET_VOCABULARY_NAME = "target_vocab.json"
 
-_ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu"}
 # Fields that change a model of a sibling family or an older version, and the values with which it is Marian's.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "add_final_layer_norm": (False, None),
@@ -118,9 +118,9 @@ class _MarianConfig(BaseModel):
     def architecture_faults(self) -> list[str]:
         """Every field whose value contradicts another, or is one that this project's module has no place for."""
         faults = []
-        if self.activation_function not in _ACTIVATIONS:
+        if self.activation_function not in ACTIVATIONS:
             faults.append(
-                f"activation_function: {self.activation_function!r} is not supported, only {' or '.join(map(repr, _ACTIVATIONS))}"
+                f"activation_function: {self.activation_function!r} is not supported, only {' or '.join(map(repr, ACTIVATIONS))}"
             )
         if self.encoder_attention_heads != self.decoder_attention_heads:
             faults.append(
@@ -153,7 +153,7 @@ class _MarianConfig(BaseModel):
             encoder_d_ff=self.encoder_ffn_dim,
             decoder_d_ff=self.decoder_ffn_dim,
             norm="post",
-            activation=_ACTIVATIONS[self.activation_function],
+            activation=ACTIVATIONS[self.activation_function],
             positions="sinusoidal_concatenated",
             max_positions=self.max_position_embeddings,
             output_bias=True,

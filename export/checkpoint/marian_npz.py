@@ -13,7 +13,7 @@ default, how wide its beams were is recorded; the rest of a search is a request'
 **What Marian does its own way** (marian-dev: src/models/transformer.h, src/layers/generic.h, src/tensors/cpu): the decoder starts
 from a vector of zeros instead of a token, for which a token without embedding is added here; positions are sines, then cosines,
 with rates 10000^(-i / (d/2 - 1)), not 10000^(-i / (d/2)) as in the conversions of such models to Hugging Face and CTranslate2;
-LayerNorm adds 1e-6; its ``gelu`` is x * sigmoid(1.702 x), which is the ``silu`` of 1.702 x, divided by 1.702.
+LayerNorm adds 1e-6; its ``gelu`` is x * sigmoid(1.702 x).
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ from serving.errors import CheckpointError
 
 # Marian has a table for any length; this is far beyond a sentence, and takes a few megabytes.
 _MAX_POSITIONS = 1024
-_GELU_RATE = 1.702
-
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "output"}
 _ATTENTIONS = {
     "encoder": {"self": "self_attention"},
@@ -205,8 +203,6 @@ def _model(
     tensors = rename(config, stored, names, file_name, faults)
     if not tensors:
         return config, {}
-    if settings.transformer_ffn_activation == "gelu":
-        _fold_gelu(tensors)
     return _with_start_token(config, tensors)
 
 
@@ -231,15 +227,6 @@ def _tensor(name: str, array: NDArray[Any]) -> Tensor:
         return tensor[0]
     is_product = "_W" in name and not name.endswith(("_Wt", "_Wemb"))
     return tensor.T.contiguous() if is_product and tensor.dim() == 2 and "_ln_" not in name else tensor
-
-
-def _fold_gelu(tensors: dict[str, Tensor]) -> None:
-    """Make Marian's gelu of the module's silu: x * sigmoid(r x) = silu(r x) / r."""
-    for name in tensors:
-        if ".feed_forward.inner." in name:
-            tensors[name] = tensors[name] * _GELU_RATE
-        elif name.endswith(".feed_forward.outer.weight"):
-            tensors[name] = tensors[name] / _GELU_RATE
 
 
 def _with_start_token(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -24,7 +24,7 @@ _LAYER_NORM_EPS = 1e-6
 # Settings are a few kilobytes.
 _MAX_CONFIG_BYTES = 2**20
 
-_ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "relu": "relu", "gelu": "silu"}
+_ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "relu": "relu", "gelu": "gelu_sigmoid"}
 # Operations before a sub-layer, after it and after the last layer, without dropout.
 _NORMS: dict[tuple[str, str, str], NormPlacement] = {("", "an", ""): "post", ("n", "a", "n"): "pre"}
 _OFF = ("false", "")

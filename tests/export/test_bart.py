@@ -224,7 +224,7 @@ def test_every_unsupported_setting_is_named_at_once(bart: Path) -> None:
             add_final_layer_norm=True,
             static_position_embeddings=True,
             is_decoder=True,
-            activation_function="gelu_new",
+            activation_function="tanh",
             tokenizer_class="BertTokenizer",
             pad_token_id=10**6,
         ),
@@ -236,7 +236,8 @@ def test_every_unsupported_setting_is_named_at_once(bart: Path) -> None:
         "config.json: normalize_before: True is not supported, only False or None",
         "config.json: normalize_embedding: False is not supported, only True or None",
         "config.json: static_position_embeddings: True is not supported, only False or None",
-        "config.json: activation_function: 'gelu_new' is not supported, only 'relu' or 'gelu' or 'silu' or 'swish'",
+        "config.json: activation_function: 'tanh' is not supported, only 'relu' or 'gelu' or 'gelu_new' or 'gelu_fast' or "
+        "'gelu_pytorch_tanh' or 'quick_gelu' or 'silu' or 'swish'",
         f"config.json: pad_token_id: 1000000 is outside a vocabulary of {size}",
         "config.json: tokenizer_class: 'BertTokenizer' is not supported, "
         "only 'BartTokenizer' or 'BartTokenizerFast' or 'RobertaTokenizer' or 'RobertaTokenizerFast'",

@@ -315,6 +315,13 @@ def test_other_names_of_special_tokens(tmp_path: Path) -> None:
     assert tokenizer.encode("t1 what") == [5, 0]
 
 
+@pytest.mark.parametrize(("number", "ours"), [(0, "relu"), (1, "gelu_tanh"), (2, "silu"), (3, "gelu"), (4, "gelu_sigmoid")])
+def test_activations(tmp_path: Path, number: int, ours: str) -> None:
+    found = variables()
+    found["encoder/activation"] = found["decoder/activation"] = flag(number)
+    assert read_checkpoint(write(tmp_path / "m", binary(found))).config.activation == ours
+
+
 def test_an_old_file_has_its_settings_itself(tmp_path: Path) -> None:
     found = variables()
     for name in ("num_heads", "pre_norm", "activation"):
@@ -428,7 +435,7 @@ def test_weights_of_awq_are_refused_with_advice(tmp_path: Path) -> None:
 
 
 def everything_unsupported(found: Variables) -> None:
-    found["encoder/activation"] = found["decoder/activation"] = flag(1)
+    found["encoder/activation"] = found["decoder/activation"] = flag(5)
     found["decoder/num_heads"] = np.array(4, np.int16)
     found["decoder/alibi"] = flag(1)
     found["decoder/scale_embeddings"] = np.array(3.0, np.float32)
@@ -447,7 +454,7 @@ def test_all_that_is_unsupported_is_named_at_once(tmp_path: Path) -> None:
         "--quantization int8 or float16",
         "config.json: decoder_start_token: Input should be a valid string",
         "model.bin: encoder/num_heads, decoder/num_heads: 2 and 4; different values are not supported",
-        "model.bin: encoder/activation: 1 (GELUTanh) is not supported, only ReLU, Swish, GELU",
+        "model.bin: encoder/activation: 5 (Tanh) is not supported, only ReLU, GELUTanh, Swish, GELU, GELUSigmoid",
         "model.bin: decoder/scale_embeddings: 3 is not supported, only 1 or the square root of the embedding's width 16",
         "model.bin: decoder/layer_norm: pre_norm is 1; a stack without a last norm is not supported then",
         "model.bin: decoder/alibi: 1 is not supported, only 0",

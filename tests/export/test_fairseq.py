@@ -111,6 +111,8 @@ def test_the_file_itself_with_its_dictionaries_beside_it(directory: Path) -> Non
     [
         {"share_all_embeddings": True},
         {"activation_fn": "gelu"},
+        {"activation_fn": "gelu_accurate"},
+        {"activation_fn": "gelu_fast"},
         {"activation_fn": "swish", "layernorm_embedding": True},
         {"encoder_normalize_before": True, "decoder_normalize_before": True},
         {"encoder_learned_pos": True, "no_scale_embedding": True},
@@ -281,7 +283,7 @@ def test_a_dictionary_may_say_a_token_twice(directory: Path) -> None:
 UNSUPPORTED: dict[str, Any] = {
     "arch": "fconv_iwslt_de_en",
     "task": "translation_multi_simple_epoch",
-    "activation_fn": "gelu_accurate",
+    "activation_fn": "tanh",
     "adaptive_softmax_cutoff": "1000,5000",
     "cross_self_attention": True,
     "no_cross_attention": True,
@@ -302,7 +304,8 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
     assert all(fault.startswith("checkpoint_best.pt: ") for fault in faults)
     told = " ".join(faults)
     assert [name for name in UNSUPPORTED if f"{name}:" not in told] == []
-    assert "activation_fn: 'gelu_accurate' is not supported, only 'relu' or 'gelu' or 'swish'" in told
+    supported = "'relu' or 'gelu' or 'gelu_accurate' or 'gelu_fast' or 'swish'"
+    assert f"activation_fn: 'tanh' is not supported, only {supported}" in told
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ VARIATIONS = {
     "pre-norm": {"norm": "pre"},
     "learned positions, gelu": {"positions": "learned", "activation": "gelu"},
     "marian": {"positions": "sinusoidal_concatenated", "activation": "silu", "output_bias": True},
+    "gelu by tanh": {"activation": "gelu_tanh"},
     "bart": {"embedding_norm": True, "scale_embedding": False, "positions": "learned"},
     "no biases": {"bias": False},
     "nothing shared": {"share_embeddings": False, "tie_output": False},

@@ -234,7 +234,8 @@ def test_every_unsupported_setting_is_named_at_once(nllb: Path) -> None:
     (nllb / "tokenizer_config.json").write_text('{"eos_token": {"content": "[E]"}, "sp_model_kwargs": {"alpha": 1}}')
     assert faults_of(nllb) == (
         "config.json: pruned_heads: {'0': [1]} is not supported, only None or {}",
-        "config.json: activation_function: 'tanh' is not supported, only 'relu' or 'gelu' or 'silu' or 'swish'",
+        "config.json: activation_function: 'tanh' is not supported, only 'relu' or 'gelu' or 'gelu_new' or 'gelu_fast' or "
+        "'gelu_pytorch_tanh' or 'quick_gelu' or 'silu' or 'swish'",
         "config.json: encoder_attention_heads, decoder_attention_heads: 2 and 4; different numbers are not supported",
         "config.json: decoder_start_token_id: 1 is padding, which has no position",
         "tokenizer_config.json: eos_token: '[E]' is not supported, only '</s>'",

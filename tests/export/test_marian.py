@@ -159,7 +159,19 @@ def test_samples_are_tokenized_by_its_own_tokenizer(directory: Path) -> None:
     assert sorted("".join(pieces).replace("</s>", "")) == sorted("▁a▁man")
 
 
-@pytest.mark.parametrize(("name", "ours"), [("swish", "silu"), ("silu", "silu"), ("relu", "relu"), ("gelu", "gelu")])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("swish", "silu"),
+        ("silu", "silu"),
+        ("relu", "relu"),
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_fast", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("quick_gelu", "gelu_sigmoid"),
+    ],
+)
 def test_activations(directory: Path, name: str, ours: str) -> None:
     edit_json(directory / "config.json", lambda config: config.update(activation_function=name))
     assert read_checkpoint(directory).config.activation == ours
@@ -331,7 +343,8 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
         "config.json: normalize_embedding: True is not supported, only False or None",
         "config.json: quantization_config: {'bits': 8} is not supported, only None or {}",
         "config.json: static_position_embeddings: False is not supported, only True or None",
-        "config.json: activation_function: 'tanh' is not supported, only 'swish' or 'silu' or 'relu' or 'gelu'",
+        "config.json: activation_function: 'tanh' is not supported, only 'relu' or 'gelu' or 'gelu_new' or 'gelu_fast' or "
+        "'gelu_pytorch_tanh' or 'quick_gelu' or 'silu' or 'swish'",
         "config.json: encoder_attention_heads, decoder_attention_heads: 2 and 4; different numbers are not supported",
     )
 

@@ -1,6 +1,7 @@
 """The Transformer against the paper, written out plainly."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,9 +75,18 @@ def test_pre_norm_layer_is_x_plus_sublayer_of_norm() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"])
 def test_activations_differ_only_where_they_should(activation: str) -> None:
-    plain = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+    def gelu_tanh(x: Tensor) -> Tensor:
+        return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    plain: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": gelu_tanh,
+        "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
+        "silu": torch.nn.functional.silu,
+    }
     ffn = first_encoder_layer(random_model(activation=activation)).feed_forward
     x = torch.randn(3, 16)
     torch.testing.assert_close(ffn(x), ffn.outer(plain[activation](ffn.inner(x))))

@@ -228,6 +228,7 @@ def opennmt(
     shared: bool,
     eos_in_source: int = 3,
     pre_norm: bool = True,
+    activation: str = "RELU",
     positions: bool = True,
     zero_start: bool = False,
     ends: bool = True,
@@ -243,9 +244,7 @@ def opennmt(
             if shared:
                 source = target
             specs = ctranslate2.specs
-            spec = specs.TransformerSpec.from_config(
-                (2, 3), 4, pre_norm=pre_norm, activation=specs.Activation.RELU if pre_norm else specs.Activation.SWISH
-            )
+            spec = specs.TransformerSpec.from_config((2, 3), 4, pre_norm=pre_norm, activation=specs.Activation[activation])
             fill(spec, len(source), len(target), positions=positions)
             if shared:
                 spec.encoder.embeddings[0].weight = spec.decoder.embeddings.weight
@@ -307,9 +306,9 @@ MODELS: dict[str, Callable[[Path], Convert]] = {
     "BART": bart,
     "OpenNMT": opennmt(shared=True),
     "OpenNMT, sources without an end": opennmt(shared=True, ends=False),
-    "OpenNMT, post-norm, computed positions": opennmt(shared=True, pre_norm=False, positions=False),
-    "two vocabularies": opennmt(shared=False),
-    "two vocabularies, ends apart": opennmt(shared=False, eos_in_source=100),
+    "OpenNMT, post-norm, computed positions": opennmt(shared=True, pre_norm=False, positions=False, activation="SWISH"),
+    "two vocabularies, gelu by tanh": opennmt(shared=False, activation="GELUTanh"),
+    "two vocabularies, ends apart, gelu by sigmoid": opennmt(shared=False, eos_in_source=100, activation="GELUSigmoid"),
     "two vocabularies, ends apart, from zero": opennmt(shared=False, eos_in_source=100, zero_start=True),
 }
 

@@ -163,9 +163,14 @@ MBART_PAIRS = (("en_XX", "de_DE"), ("fr_XX", "en_XX"))
 KINDS = {
     "m2m100": Kind(m2m100, "M2M100", (("en", "de"), ("de", "fr"), ("zu", "af")), M2M100_SETTINGS),
     "nllb": Kind(nllb, "M2M100", NLLB_PAIRS, M2M100_SETTINGS),
-    "nllb-sentencepiece": Kind(nllb_sentencepiece, "M2M100", NLLB_PAIRS, {**M2M100_SETTINGS, "activation_function": "gelu"}),
+    "nllb-sentencepiece": Kind(nllb_sentencepiece, "M2M100", NLLB_PAIRS, {**M2M100_SETTINGS, "activation_function": "gelu_new"}),
     "mbart50": Kind(mbart50, "MBart", MBART_PAIRS, MBART_SETTINGS),
-    "mbart50-sentencepiece": Kind(mbart50_sentencepiece, "MBart", MBART_PAIRS, {**MBART_SETTINGS, "tie_word_embeddings": False}),
+    "mbart50-sentencepiece": Kind(
+        mbart50_sentencepiece,
+        "MBart",
+        MBART_PAIRS,
+        {**MBART_SETTINGS, "activation_function": "quick_gelu", "tie_word_embeddings": False},
+    ),
     "bart": Kind(bart, "Bart", (None,), {}, forced=0),
     "bart-json": Kind(bart_json, "Bart", (None,), {"scale_embedding": True}),
     "pegasus": Kind(pegasus, "Pegasus", (None,), {"activation_function": "relu"}),

@@ -133,6 +133,7 @@ def marian(name: str, work: Path) -> Origin:
 FAIRSEQ: dict[str, dict[str, Any]] = {
     "base": {},
     "one vocabulary, gelu": {"share_all_embeddings": True, "activation_fn": "gelu"},
+    "gelu by tanh": {"activation_fn": "gelu_accurate"},
     "pre-norm, a norm after the embedding, swish": {
         "encoder_normalize_before": True,
         "decoder_normalize_before": True,
@@ -211,7 +212,7 @@ def fairseq_pieces(serialized: bytes, *, seed: int) -> list[str]:
 def convert_fairseq(settings: dict[str, Any], arrays: origins.Arrays, pieces: dict[str, list[str]], converted: Path) -> None:
     """What CTranslate2's converter does with a model that fairseq has built; here a tree of tensors stands for that."""
     converter = ctranslate2.converters.fairseq
-    activations = {"relu": "RELU", "gelu": "GELU", "swish": "SWISH"}
+    activations = {"relu": "RELU", "gelu": "GELU", "gelu_accurate": "GELUTanh", "swish": "SWISH"}
     spec = ctranslate2.specs.TransformerSpec.from_config(
         (settings["encoder_layers"], settings["decoder_layers"]),
         settings["encoder_attention_heads"],
