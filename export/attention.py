@@ -18,8 +18,9 @@ CONTRIB_DOMAIN = "com.microsoft"
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 # It takes heads whose width is a multiple of this.
 HEAD_DIM_STEP = 8
-# Its optional inputs between the lengths and the scales: rotation (two), positions, bias, sinks.
+# Its optional inputs between the lengths and the scales: rotation (two), positions, bias, sinks; and which of them the bias is.
 NUM_UNUSED_INPUTS = 5
+BIAS_INPUT = 3
 # The runtime's softmax sums up so many numbers at a time, or a divisor of it, and what is left in another order: in rows of
 # multiples of this the sum over a source does not depend on how far a lane is padded.
 _SOFTMAX_STEP = 64
@@ -41,7 +42,9 @@ class StepLengths:
     # The same for the operator that takes a row's last position and the longest row: [B] int32 and int32 scalar.
     last_source: Tensor
     longest_source: Tensor
-    no_keys: Tensor  # [B, 0, d_model]
+    no_keys: Tensor  # [B, 0, h * head_dim]
+    # What relative positions add to the scores of self-attention: [R, h, 1, longest]. None where they are in the embedding.
+    bias: Tensor | None
 
 
 class CacheScales(nn.Module):
@@ -57,11 +60,16 @@ class CacheScales(nn.Module):
         self.register_buffer("value", value.reshape(1, num_heads, 1, -1))
 
 
-def self_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
-    """Bidirectional attention within each source: [B, S, d_model] each, lengths [B] int32 -> [B, S, d_model]."""
+def self_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """Bidirectional attention within each source: [B, S, h * head_dim] each, lengths [B] int32 -> [B, S, h * head_dim].
+
+    ``bias`` [1, h, S, S] is added to the scores.
+    """
     if torch.onnx.is_in_onnx_export():
-        return _multi_head_attention(query, key, value, lengths, num_heads)
-    return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths)
+        return _multi_head_attention(query, key, value, lengths, num_heads, bias)
+    return _attend(_split(query, num_heads), _split(key, num_heads), _split(value, num_heads), lengths, bias)
 
 
 class CrossAttention(nn.Module):
@@ -148,13 +156,13 @@ class CachedSelfAttention(nn.Module):
         """Attend.
 
         Args:
-            qkv: [B, W, 3 * d_model]: query, key and value side by side.
-            step: positions and the longest row.
+            qkv: [B, W, 3 * h * head_dim]: query, key and value side by side.
+            step: positions, the longest row, and the bias on the scores.
             key_cache: [R, h, C, head_dim].
             value_cache: the same.
 
         Returns:
-            Attended [B, W, d_model], and both caches.
+            Attended [B, W, h * head_dim], and both caches.
         """
         sources, width, packed = qkv.shape
         rows = qkv.reshape(-1, 1, packed)
@@ -166,7 +174,10 @@ class CachedSelfAttention(nn.Module):
 
     def _operator(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, ...]:
         scales = self.scales
-        unused = () if scales is None else (None,) * NUM_UNUSED_INPUTS
+        unused: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
+        unused[BIAS_INPUT] = step.bias
+        if scales is None:
+            del unused[BIAS_INPUT + 1 if step.bias is not None else 0 :]
         return tuple(
             torch.onnx.ops.symbolic_multi_out(
                 f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
@@ -184,7 +195,8 @@ class CachedSelfAttention(nn.Module):
         row = torch.arange(rows.shape[0])
         key_cache[row, :, step.positions] = _quantized(key, None if scales is None else scales.key)[:, :, 0]
         value_cache[row, :, step.positions] = _quantized(value, None if scales is None else scales.value)[:, :, 0]
-        return _attend(query, *_dequantized(key_cache, value_cache, scales), step.positions + 1)
+        bias = None if step.bias is None else F.pad(step.bias, (0, key_cache.shape[2] - step.bias.shape[3]))
+        return _attend(query, *_dequantized(key_cache, value_cache, scales), step.positions + 1, bias)
 
 
 def quantized_cache_attributes(quantized: bool) -> dict[str, str | int]:
@@ -206,14 +218,16 @@ def _dequantized(key: Tensor, value: Tensor, scales: CacheScales | None) -> tupl
     return (key, value) if scales is None else (key * scales.key, value * scales.value)
 
 
-def _multi_head_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
-    """The operator: keys and values [B, S, d_model] or [B, h, S, head_dim], of which the first ``lengths`` [B] count.
+def _multi_head_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """The operator: keys and values [B, S, h * head_dim] or [B, h, S, head_dim], of which the first ``lengths`` [B] count.
 
     Lengths are 1-D on purpose: a 2-D mask falls to a slow kernel on CUDA.
     """
     return torch.onnx.ops.symbolic(
         f"{CONTRIB_DOMAIN}::MultiHeadAttention",
-        (query, key, value, None, lengths),
+        (query, key, value, None, lengths) if bias is None else (query, key, value, None, lengths, bias),
         {"num_heads": num_heads},
         dtype=query.dtype,
         shape=query.shape,
@@ -222,13 +236,15 @@ def _multi_head_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Te
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:
-    """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
+    """[batch, length, h * head_dim] -> [batch, heads, length, head_dim]."""
     return torch.unflatten(x, 2, (num_heads, -1)).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
-    """Scaled dot-product attention over the first ``lengths`` keys -> [batch, length, d_model]."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention over the first ``lengths`` keys -> [batch, length, h * head_dim]."""
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+    if bias is not None:
+        scores = scores + bias
     hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
     weights = F.softmax(scores.masked_fill(hidden[:, None, None, :], float("-inf")), dim=3)
     return (weights @ value).transpose(1, 2).flatten(2)

@@ -30,6 +30,7 @@ from export.model import (
     Transformer,
 )
 from export.operators import activation
+from export.relative_positions import RelativePositions, TabulatedPositions
 
 # (weight [N, K], bias [N] or None) -> a module from [..., K] to [..., N].
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
@@ -96,21 +97,25 @@ class TokenTable(nn.Module):
 
 
 class GraphEmbedding(nn.Module):
-    """Token embedding with its scale folded in, plus position."""
+    """Token embedding with its scale folded in, plus position, unless positions are relative."""
 
-    positions: Tensor
+    positions: Tensor | None
 
     def __init__(self, embedding: Embedding, tokens: nn.Module | None = None) -> None:
         """Lay out an embedding; ``tokens`` is its scaled table, where another has it already."""
         super().__init__()
         self.tokens: nn.Module = tokens or TokenTable(embedding.tokens.weight.detach() * embedding.scale)
-        self.register_buffer("positions", embedding.position_table.detach().clone())
+        table = embedding.position_table
+        self.register_buffer("positions", None if table is None else table.detach().clone())
         self.norm = embedding.norm
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
-        embedded: Tensor = self.norm(self.tokens(ids) + F.embedding(positions, self.positions))
-        return embedded
+        embedded = self.tokens(ids)
+        if self.positions is not None:
+            embedded = embedded + F.embedding(positions, self.positions)
+        normalized: Tensor = self.norm(embedded)
+        return normalized
 
 
 class GraphFeedForward(nn.Module):
@@ -118,13 +123,17 @@ class GraphFeedForward(nn.Module):
 
     def __init__(self, feed_forward: FeedForward, linear: LinearFactory) -> None:
         super().__init__()
-        self.inner = linear(feed_forward.inner.weight, feed_forward.inner.bias)
-        self.outer = linear(feed_forward.outer.weight, feed_forward.outer.bias)
+        self.inner = _linear(linear, feed_forward.inner)
+        self.factor = None if feed_forward.factor is None else _linear(linear, feed_forward.factor)
+        self.outer = _linear(linear, feed_forward.outer)
         self.activation = feed_forward.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        x = self.outer(activation(self.inner(x), self.activation))
+        inner = activation(self.inner(x), self.activation)
+        if self.factor is not None:
+            inner = inner * self.factor(x)
+        x = self.outer(inner)
         return x
 
 
@@ -153,11 +162,11 @@ class GraphEncoderLayer(nn.Module):
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """[B, S, d_model], lengths [B] -> [B, S, d_model]."""
+    def forward(self, x: Tensor, lengths: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, S, d_model], lengths [B], what is added to the scores [1, h, S, S] -> [B, S, d_model]."""
         entered = self.attention_residual.enter(x)
         query, key, value = self.query(entered), self.key(entered), self.value(entered)
-        attended = attention.self_attention(query, key, value, lengths, self.num_heads)
+        attended = attention.self_attention(query, key, value, lengths, self.num_heads, bias)
         x = self.attention_residual.leave(x, self.output(attended))
         return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
 
@@ -170,6 +179,7 @@ class EncoderGraph(nn.Module):
         config = model.config
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.embedding = GraphEmbedding(model.encoder.embedding)
+        self.relative_positions = _tabulated(model.encoder.relative_positions)
         self.layers = nn.ModuleList(GraphEncoderLayer(_encoder_layer(x), config, linear) for x in model.encoder.layers)
         self.final_norm = model.encoder.final_norm
         crosses = [_decoder_layer(layer).cross_attention for layer in model.decoder.layers]
@@ -189,9 +199,10 @@ class EncoderGraph(nn.Module):
             of them. What stands at padded positions is finite and meaningless.
         """
         x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
+        bias = None if self.relative_positions is None else self.relative_positions(source_ids.shape[1])
         for layer in self.layers:
-            x = layer(x, source_lengths)
-        cross = self.cross(self.final_norm(x))  # [B, S, tensors * d_model]
+            x = layer(x, source_lengths, bias)
+        cross = self.cross(self.final_norm(x))  # [B, S, tensors * h * head_dim]
         split = torch.unflatten(cross, 2, (self.num_tensors, self.num_heads, self.head_dim))
         return split.permute(2, 0, 3, 1, 4).contiguous()
 
@@ -307,7 +318,9 @@ class DecoderStepGraph(nn.Module):
         self.keeps_cross_cache = cross_attention.owns_caches
         self.alignment_layer = config.num_decoder_layers - 1 if config.alignment_layer is None else config.alignment_layer
         self.alignment_heads = config.alignment_heads or config.num_heads
+        self.width_of_keys = config.num_heads * config.head_dim
         self.embedding = GraphEmbedding(model.decoder.embedding, tokens)
+        self.relative_positions = _tabulated(model.decoder.relative_positions)
         self.layers = nn.ModuleList(
             GraphDecoderLayer(_decoder_layer(layer), config, linear, cross_attention(config.num_heads))
             for layer in model.decoder.layers
@@ -348,8 +361,15 @@ class DecoderStepGraph(nn.Module):
             cache as it was: operators that append own their caches.
         """
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
+        rows = positions.reshape(-1)
         step = attention.StepLengths(
-            positions.reshape(-1), longest, source_lengths, source_lengths - 1, source_lengths.amax(dim=0), x[:, :0]
+            rows,
+            longest,
+            source_lengths,
+            source_lengths - 1,
+            source_lengths.amax(dim=0),
+            x.new_zeros(x.shape[0], 0, self.width_of_keys),
+            None if self.relative_positions is None else self.relative_positions.of_rows(rows, longest),
         )
         appended: list[Tensor] = []
         kept: list[Tensor] = []
@@ -390,6 +410,10 @@ def _padded_output(model: Transformer, columns: int) -> tuple[Tensor, Tensor]:
     bias[:vocab_size] = 0.0 if model.output.bias is None else model.output.bias.detach().float()
     bias[model.config.never_decoded] = NEVER
     return padded, bias.to(weight.dtype) if weight.dtype is not torch.float16 else bias.clamp(min=-6e4).half()
+
+
+def _tabulated(positions: RelativePositions | None) -> TabulatedPositions | None:
+    return None if positions is None else TabulatedPositions(positions)
 
 
 def _encoder_layer(module: nn.Module) -> EncoderLayer:

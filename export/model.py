@@ -3,7 +3,8 @@
 Knows: the architecture, its parameters and the full (teacher-forced) pass. Every variation is a field of ``ModelConfig``.
 Does not know: caches, ONNX, quantization (``graphs.py``), files (``checkpoint/``), training or search.
 
-Masks are boolean and say what may be attended to: True keeps, False hides.
+Masks are boolean and say what may be attended to: True keeps, False hides. With relative positions a mask of self-attention is
+what is added to the scores: the positions' biases, and minus infinity for what is hidden.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.norms import RmsNorm
+from export.relative_positions import RelativePositions
+
 # "gelu" is x * Phi(x); "gelu_tanh" and "gelu_sigmoid" are the two approximations of its paper (Hendrycks and Gimpel, 2016).
 Activation = Literal["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"]
-Positions = Literal["sinusoidal", "sinusoidal_concatenated", "learned"]
+Positions = Literal["sinusoidal", "sinusoidal_concatenated", "learned", "relative"]
+Norm = Literal["layer", "rms"]
 NormPlacement = Literal["post", "pre"]
 
 # Of gelu_sigmoid: x * sigmoid(1.702 x).
@@ -34,6 +39,8 @@ class ModelConfig(BaseModel):
     target_vocab_size: int = Field(gt=0)
     d_model: int = Field(default=512, gt=0)
     num_heads: int = Field(default=8, gt=0)
+    # Width of one head, where it is not d_model / num_heads.
+    d_head: int | None = Field(default=None, gt=0)
     num_encoder_layers: int = Field(default=6, gt=0)
     num_decoder_layers: int = Field(default=6, gt=0)
     encoder_d_ff: int = Field(default=2048, gt=0)
@@ -44,9 +51,17 @@ class ModelConfig(BaseModel):
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     # "post": LayerNorm(x + Sublayer(x)), the paper's (3.1). "pre": x + Sublayer(LayerNorm(x)), with a norm after the last layer.
     norm: NormPlacement = "post"
+    # "rms" divides by the root mean square, and has neither mean nor bias.
+    norm_kind: Norm = "layer"
     activation: Activation = "relu"
+    # act(x W1) is multiplied by x V before W2 (Shazeer, 2020).
+    gated: bool = False
     # "sinusoidal" interleaves sine and cosine as in 3.5; "sinusoidal_concatenated" puts all sines first, as Marian does.
+    # "relative" adds nothing to embeddings, and a bias to the scores of self-attention, by how far a key is from its query.
     positions: Positions = "sinusoidal"
+    # Of relative positions: biases of a head, and the distance from which on all keys have the same.
+    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
+    relative_distance: int = Field(default=128, gt=0)
     # Longest source or target, in tokens: the table's size for learned positions, the stated limit for the others.
     max_positions: int = Field(default=512, gt=0)
     # Biases of the attention and feed-forward projections and of the norms.
@@ -74,10 +89,14 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         faults = []
-        if self.d_model % self.num_heads:
+        if self.d_head is None and self.d_model % self.num_heads:
             faults.append(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
-        if self.positions != "learned" and self.d_model % 2:
+        if self.positions in ("sinusoidal", "sinusoidal_concatenated") and self.d_model % 2:
             faults.append(f"d_model {self.d_model} is odd: sinusoidal positions need pairs")
+        if self.relative_distance <= self.relative_buckets // 2:
+            faults.append(
+                f"relative_distance {self.relative_distance} is no more than half of relative_buckets {self.relative_buckets}"
+            )
         if self.share_embeddings and self.source_vocab_size != self.target_vocab_size:
             faults.append(
                 f"share_embeddings needs one vocabulary: {self.source_vocab_size} source, {self.target_vocab_size} target"
@@ -103,8 +122,8 @@ class ModelConfig(BaseModel):
 
     @property
     def head_dim(self) -> int:
-        """Width of one head: d_k = d_v = d_model / h (3.2.2)."""
-        return self.d_model // self.num_heads
+        """Width of one head: d_k = d_v, which is d_model / h (3.2.2) where nothing else is said."""
+        return self.d_model // self.num_heads if self.d_head is None else self.d_head
 
 
 def sinusoidal_table(num_positions: int, d_model: int, *, concatenated: bool = False) -> Tensor:
@@ -152,12 +171,12 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d = config.d_model
+        d, heads = config.d_model, config.num_heads * config.head_dim
         self.num_heads = config.num_heads
-        self.query = nn.Linear(d, d, bias=config.bias)
-        self.key = nn.Linear(d, d, bias=config.bias)
-        self.value = nn.Linear(d, d, bias=config.bias)
-        self.output = nn.Linear(d, d, bias=config.bias)
+        self.query = nn.Linear(d, heads, bias=config.bias)
+        self.key = nn.Linear(d, heads, bias=config.bias)
+        self.value = nn.Linear(d, heads, bias=config.bias)
+        self.output = nn.Linear(heads, d, bias=config.bias)
         self.dropout = config.attention_dropout
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
@@ -166,7 +185,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             queries: [batch, Q, d_model].
             memory: [batch, K, d_model]; keys and values are both made from it.
-            mask: bool, broadcastable to [batch, 1, Q, K].
+            mask: bool, broadcastable to [batch, 1, Q, K], or what is added to the scores, broadcastable to [batch, heads, Q, K].
 
         Returns:
             [batch, Q, d_model].
@@ -183,18 +202,22 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward network (3.3): act(x W1 + b1) W2 + b2."""
+    """Position-wise feed-forward network (3.3): act(x W1 + b1) W2 + b2, gated or not."""
 
     def __init__(self, config: ModelConfig, d_ff: int) -> None:
         super().__init__()
         self.inner = nn.Linear(config.d_model, d_ff, bias=config.bias)
+        self.factor = nn.Linear(config.d_model, d_ff, bias=config.bias) if config.gated else None
         self.outer = nn.Linear(d_ff, config.d_model, bias=config.bias)
         self.activation: Activation = config.activation
         self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        x = self.outer(self.dropout(activate(self.inner(x), self.activation)))
+        inner = activate(self.inner(x), self.activation)
+        if self.factor is not None:
+            inner = inner * self.factor(x)
+        x = self.outer(self.dropout(inner))
         return x
 
 
@@ -203,7 +226,7 @@ class Residual(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.norm = make_norm(config)
         self.placement: NormPlacement = config.norm
         self.dropout = nn.Dropout(config.dropout)
 
@@ -228,7 +251,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward_residual = Residual(config)
 
     def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
-        """[batch, S, d_model], mask [batch, 1, 1, S] -> [batch, S, d_model]."""
+        """[batch, S, d_model], mask [batch, 1, 1, S] or [batch, heads, S, S] -> [batch, S, d_model]."""
         entered = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(entered, entered, source_mask))
         return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
@@ -247,7 +270,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward_residual = Residual(config)
 
     def forward(self, x: Tensor, target_mask: Tensor, memory: Tensor, source_mask: Tensor) -> Tensor:
-        """[batch, T, d_model], mask [1 or batch, 1, T, T], memory [batch, S, d_model], mask [batch, 1, 1, S]."""
+        """[batch, T, d_model], mask [1 or batch, 1 or heads, T, T], memory [batch, S, d_model], mask [batch, 1, 1, S]."""
         entered = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(entered, entered, target_mask))
         entered = self.cross_attention_residual.enter(x)
@@ -256,26 +279,28 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding, scaled, plus position (3.4, 3.5)."""
+    """Token embedding, scaled, plus position (3.4, 3.5), unless positions are relative."""
 
-    position_table: Tensor
+    position_table: Tensor | None
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.tokens = tokens
         self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        if config.positions == "learned":
+        if config.positions == "relative":
+            self.position_table = None
+        elif config.positions == "learned":
             self.position_table = nn.Parameter(torch.zeros(config.max_positions, config.d_model))
         else:
             self.register_buffer("position_table", computed_positions(config), persistent=False)
-        self.norm = (
-            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias) if config.embedding_norm else nn.Identity()
-        )
+        self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids [...] and positions, broadcastable to them -> [..., d_model]."""
-        embedded = self.tokens(ids) * self.scale + self.position_table[positions]
+        embedded = self.tokens(ids) * self.scale
+        if self.position_table is not None:
+            embedded = embedded + self.position_table[positions]
         dropped: Tensor = self.dropout(self.norm(embedded))
         return dropped
 
@@ -286,12 +311,15 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.embedding = Embedding(config, tokens)
+        self.relative_positions = relative_positions(config, bidirectional=True)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = final_norm(config)
 
     def forward(self, source_ids: Tensor, source_mask: Tensor) -> Tensor:
         """[batch, S] ids, mask [batch, 1, 1, S] -> memory [batch, S, d_model]."""
         x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
+        if self.relative_positions is not None:
+            source_mask = biased(source_mask, self.relative_positions(source_ids.shape[1]))
         for layer in self.layers:
             x = layer(x, source_mask)
         states: Tensor = self.final_norm(x)
@@ -304,6 +332,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.embedding = Embedding(config, tokens)
+        self.relative_positions = relative_positions(config, bidirectional=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.final_norm = final_norm(config)
 
@@ -311,6 +340,8 @@ class Decoder(nn.Module):
         """[batch, T] ids, memory [batch, S, d_model], mask [batch, 1, 1, S] -> states [batch, T, d_model]."""
         x = self.embedding(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device))
         target_mask = causal_mask(target_ids.shape[1], target_ids.device)
+        if self.relative_positions is not None:
+            target_mask = biased(target_mask, self.relative_positions(target_ids.shape[1]))
         for layer in self.layers:
             x = layer(x, target_mask, memory, source_mask)
         states: Tensor = self.final_norm(x)
@@ -364,14 +395,36 @@ class Transformer(nn.Module):
 
 def final_norm(config: ModelConfig) -> nn.Module:
     """The norm after the last layer: pre-norm stacks need one, post-norm stacks end in one already."""
-    if config.norm == "pre":
-        return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
-    return nn.Identity()
+    return make_norm(config) if config.norm == "pre" else nn.Identity()
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """A norm of the model's kind, over d_model."""
+    if config.norm_kind == "rms":
+        return RmsNorm(config.d_model, eps=config.layer_norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+
+
+def relative_positions(config: ModelConfig, *, bidirectional: bool) -> RelativePositions | None:
+    """The biases of one stack; None where positions are in the embedding."""
+    if config.positions != "relative":
+        return None
+    return RelativePositions(
+        num_heads=config.num_heads,
+        num_buckets=config.relative_buckets,
+        furthest=config.relative_distance,
+        bidirectional=bidirectional,
+    )
 
 
 def length_mask(lengths: Tensor, max_length: int) -> Tensor:
     """Padding mask: [batch] lengths -> bool [batch, 1, 1, max_length], True at real tokens."""
     return (torch.arange(max_length, device=lengths.device) < lengths[:, None])[:, None, None, :]
+
+
+def biased(mask: Tensor, bias: Tensor) -> Tensor:
+    """A boolean mask and what is added to the scores [1, heads, Q, K] -> both, broadcast: minus infinity where it hides."""
+    return bias.masked_fill(~mask, float("-inf"))
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:

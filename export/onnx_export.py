@@ -105,7 +105,8 @@ def _trace(
     output_names: list[str],
 ) -> TracedGraph:
     try:
-        with _quiet():
+        # With gradients, the tracer does not bring a length that it finds in a tensor through a branch.
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph.eval(),
                 example,

@@ -42,6 +42,7 @@ from serving.bundle import (
     SpecialIds,
 )
 from serving.errors import ExportError, ServerStartError
+from serving.tokenizers import open_tokenizer
 
 
 def export_bundle(
@@ -50,6 +51,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     languages: Sequence[LanguagePair] = (),
+    source_prefix: str = "",
     overwrite: bool = False,
     show_progress: bool = True,
     largest_embedded_bytes: int = LARGEST_EMBEDDED_BYTES,
@@ -64,23 +66,24 @@ def export_bundle(
         bundle: the directory to write; written whole, or not at all.
         precision: "fp32", "int8" (products and caches; half of the sample sentences are for its scales) or "fp16" (for CUDA).
         languages: what it translates from and into, where the checkpoint does not say so, or too much.
+        source_prefix: text that every source starts with, such as the task that a model of several tasks is told.
         overwrite: replace a bundle that is there.
         show_progress: a bar on standard error; what a user has to know is printed there with and without it.
         largest_embedded_bytes: a bundle with more bytes of weights has them in a file beside its graphs.
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the destination is taken, there is one sample sentence for two purposes, the graphs are too far from the
-            model, or the bundle could not be written.
+        ExportError: the destination is taken, the tokenizer makes nothing of its own of ``source_prefix``, there is one sample
+            sentence for two purposes, the graphs are too far from the model, or the bundle could not be written.
     """
     check_destination(bundle, overwrite=overwrite)
-    source = read_checkpoint(checkpoint)
+    source = _with_prefix(read_checkpoint(checkpoint), source_prefix)
     if languages:
         source = with_languages(source, languages)
     config = source.config
     if config.head_dim % HEAD_DIM_STEP:
         raise ExportError(
-            f"d_model / num_heads is {config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
+            f"the width of a head is {config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
         )
     model = build_model(source)
     samples = draw_samples(source, calibrate=precision == "int8")
@@ -134,6 +137,17 @@ def export_bundle(
             comparisons=certify.comparisons,
         )
         return write_bundle(bundle, files, _manifest(source, precision, certificate), overwrite=overwrite)
+
+
+def _with_prefix(checkpoint: Checkpoint, text: str) -> Checkpoint:
+    """The checkpoint, each of whose sources starts with the tokens of a text."""
+    if not text:
+        return checkpoint
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    ids, probe = tokenizer.encode(text), "a"
+    if not ids or tokenizer.encode(f"{text.rstrip()} {probe}") != [*ids, *tokenizer.encode(probe)]:
+        raise ExportError(f"source_prefix: {text!r} has no tokens of its own; the tokenizer joins them with those of a text")
+    return replace(checkpoint, source_prefix=(*checkpoint.source_prefix, *ids))
 
 
 class _Certifying:

@@ -313,8 +313,16 @@ def inspect(bundle: Path) -> None:
     callback=_language_pairs,
     help="What it translates, for a CHECKPOINT that does not say so, as en:de; may be given several times.",
 )
+@click.option("--source-prefix", default="", help="Text that every source starts with: a task, for models that are told theirs.")
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE where it is there already.")
-def export(checkpoint: Path, bundle: Path, precision: Precision, languages: tuple[LanguagePair, ...], overwrite: bool) -> None:
+def export(
+    checkpoint: Path,
+    bundle: Path,
+    precision: Precision,
+    languages: tuple[LanguagePair, ...],
+    source_prefix: str,
+    overwrite: bool,
+) -> None:
     """Export the trained CHECKPOINT, a directory or a file, to the new directory BUNDLE.
 
     What is measured, the certificate and the scales of int8, is measured on the sentences in CHECKPOINT/samples.txt, one a line.
@@ -323,7 +331,9 @@ def export(checkpoint: Path, bundle: Path, precision: Precision, languages: tupl
         from export.pipeline import export_bundle
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed: exporting needs the extra onnxlate[export]") from error
-    export_bundle(checkpoint, bundle, precision=precision, languages=languages, overwrite=overwrite)
+    export_bundle(
+        checkpoint, bundle, precision=precision, languages=languages, source_prefix=source_prefix, overwrite=overwrite
+    )
     click.echo(f"wrote {bundle}", err=True)
 
 

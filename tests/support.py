@@ -19,6 +19,20 @@ PAD_ID, UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 TINY_VOCAB_SIZE = 64
 TOKENIZER_NAME = "sentencepiece.model"
 
+# What T5 1.1 changes of the paper's architecture, with a few near distances.
+T5: dict[str, Any] = {
+    "norm": "pre",
+    "norm_kind": "rms",
+    "bias": False,
+    "positions": "relative",
+    "relative_buckets": 8,
+    "relative_distance": 5,
+    "d_head": 16,
+    "gated": True,
+    "activation": "gelu_tanh",
+    "scale_embedding": False,
+    "tie_output": False,
+}
 # Sentences to train the tokenizer on, and to translate.
 ENGLISH_LINES = (
     "a man runs in the park",

@@ -15,6 +15,7 @@ from export.checkpoint.marian_binary import MarianBinaryReader
 from export.checkpoint.marian_npz import MarianNpzReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
 from export.checkpoint.opennmt_py import OpenNmtPyReader
+from export.checkpoint.t5 import T5Reader
 from export.checkpoint.unknown import unknown_faults
 from export.checkpoint.zipped import ZipReader
 from serving.errors import CheckpointError
@@ -28,6 +29,7 @@ _DIRECTORY_READERS: tuple[CheckpointReader, ...] = (
     MarianBinaryReader(),
     CTranslate2Reader(),
     *map(FamilyReader, (M2M100, BART, MBART, PEGASUS)),
+    T5Reader(),
     # These go by names of files that others may have beside their own, the last most of all.
     MarianNpzReader(),
     FairseqReader(),

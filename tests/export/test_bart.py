@@ -128,7 +128,9 @@ def test_tables_of_positions_lose_two_rows(bart: Path) -> None:
         assert torch.equal(
             checkpoint.tensors[f"{side}.embedding.position_table"], stored[f"model.{side}.embed_positions.weight"][2:]
         )
-    assert build_model(checkpoint).encoder.embedding.position_table.shape == (MAX_POSITIONS, 16)
+    table = build_model(checkpoint).encoder.embedding.position_table
+    assert table is not None
+    assert table.shape == (MAX_POSITIONS, 16)
 
 
 def test_tables_of_positions_that_are_wrong(bart: Path) -> None:

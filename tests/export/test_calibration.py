@@ -21,7 +21,7 @@ from export.onnx_export import example_step, export_decoder, export_encoder
 from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear
 from export.samples import Sample
 from serving.runtime import load_graph
-from tests.support import tiny_config, tiny_model
+from tests.support import T5, tiny_config, tiny_model
 
 SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3)), Sample((40, 41, 5, 6, 7, 8, 9, 10, 3))]
 
@@ -38,9 +38,10 @@ class Calibrated:
     decoder_onnx: bytes
 
 
-@pytest.fixture(scope="module")
-def calibrated() -> Calibrated:
-    model = tiny_model(tiny_config(num_decoder_layers=2, d_model=32, num_heads=2, encoder_d_ff=64, decoder_d_ff=48))
+@pytest.fixture(scope="module", params=[{}, {**T5, "gated": False, "activation": "relu"}], ids=["paper", "t5"])
+def calibrated(request: pytest.FixtureRequest) -> Calibrated:
+    sizes = {"num_decoder_layers": 2, "d_model": 32, "num_heads": 2, "encoder_d_ff": 64, "decoder_d_ff": 48}
+    model = tiny_model(tiny_config(**sizes, **request.param))
     references = verify.make_references(model, SAMPLES)
     encoder, decoder = calibrated_graphs(model, references)
     return Calibrated(

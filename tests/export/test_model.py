@@ -141,8 +141,10 @@ def test_embeddings_are_scaled_by_the_root_of_d_model() -> None:
     embedding = model.encoder.embedding
     with torch.no_grad():
         got = embedding(torch.tensor([5]), torch.tensor([3]))
+        assert embedding.position_table is not None
         torch.testing.assert_close(got, embedding.tokens.weight[5:6] * 4.0 + embedding.position_table[3:4])
         unscaled = random_model(scale_embedding=False).encoder.embedding
+        assert unscaled.position_table is not None
         torch.testing.assert_close(
             unscaled(torch.tensor([5]), torch.tensor([3])), unscaled.tokens.weight[5:6] + unscaled.position_table[3:4]
         )

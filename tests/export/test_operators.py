@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.model import Activation, activate
+from export.norms import RmsNorm
 from export.onnx_export import OPSET, _quiet
 from export.operators import activation
 from serving.runtime import load_graph
@@ -69,4 +70,17 @@ def test_an_activation_is_one_operator_that_knows_no_neighbours(name: Activation
     session, x = load_graph(graph), 4 * torch.randn(2, 6, WIDTH)
     # The runtime's tanh and exp are approximations of their own.
     np.testing.assert_allclose(run(session, x), activate(x, name), atol=3e-6)
+    assert_neighbours_change_nothing(session)
+
+
+def test_a_norm_is_one_operator_that_knows_no_neighbours() -> None:
+    torch.manual_seed(0)
+    norm = RmsNorm(WIDTH, eps=1e-6)
+    norm.weight.data.normal_()
+    graph = traced(norm)
+    assert [node.op_type for node in onnx.load_from_string(graph).graph.node] == ["SimplifiedLayerNormalization"]
+    session, x = load_graph(graph), 4 * torch.randn(2, 6, WIDTH)
+    expected = x / (x.square().mean(dim=2, keepdim=True) + 1e-6).sqrt() * norm.weight.detach()
+    np.testing.assert_allclose(run(session, x), expected, atol=1e-5)
+    np.testing.assert_allclose(norm(x).detach(), expected, atol=1e-5)
     assert_neighbours_change_nothing(session)

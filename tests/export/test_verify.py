@@ -215,7 +215,7 @@ def test_a_model_whose_own_logits_are_no_numbers_is_refused() -> None:
 
 def test_heads_that_the_runtime_cannot_run_are_refused_before_any_work(tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny", tiny_config(num_heads=4))
-    with pytest.raises(ExportError, match=r"d_model / num_heads is 4: .* multiple of 8"):
+    with pytest.raises(ExportError, match=r"the width of a head is 4: .* multiple of 8"):
         export_bundle(checkpoint, tmp_path / "bundle", show_progress=False)
 
 

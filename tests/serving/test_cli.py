@@ -367,9 +367,10 @@ def test_export_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("export.pipeline.export_bundle", lambda *arguments, **options: seen.append((arguments, options)))
     pairs = (LanguagePair(source="en", target="de"), LanguagePair(source="en", target="zh-Hant"))
-    stated = ("--languages", "en:de", "--languages", "en:zh-Hant")
+    stated = ("--languages", "en:de", "--languages", "en:zh-Hant", "--source-prefix", "translate: ")
     assert run("export", "checkpoint", "bundle", "--precision", "int8", *stated, "--overwrite").exit_code == 0
-    assert seen == [((Path("checkpoint"), Path("bundle")), {"precision": "int8", "languages": pairs, "overwrite": True})]
+    options = {"precision": "int8", "languages": pairs, "source_prefix": "translate: ", "overwrite": True}
+    assert seen == [((Path("checkpoint"), Path("bundle")), options)]
 
 
 def test_export_without_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
