@@ -407,6 +407,10 @@ OPENNMT_SETTINGS: dict[str, Any] = {
 }
 
 
+# As version 3.0 has them.
+OPENNMT_GATED = ("silu", "gated-gelu")
+
+
 def opennmt_positions(length: int, d: int) -> Array:
     angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
     return np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(length, d)
@@ -446,6 +450,8 @@ def opennmt_arrays(settings: Mapping[str, Any], sizes: tuple[int, int], *, seed:
                 norm(f"{layers}.{i}.{its_norm}")
             linear(f"{layers}.{i}.feed_forward.w_1", d, inner, bias=settings["add_ffnbias"])
             linear(f"{layers}.{i}.feed_forward.w_2", inner, d, bias=settings["add_ffnbias"])
+            if settings["pos_ffn_activation_fn"] in OPENNMT_GATED:
+                linear(f"{layers}.{i}.feed_forward.w_3", d, inner, bias=settings["add_ffnbias"])
             norm(f"{layers}.{i}.feed_forward.layer_norm")
         norm(f"{side}.layer_norm")
     source, target = (f"{side}.embeddings.make_embedding.emb_luts.0.weight" for side in ("encoder", "decoder"))
@@ -481,12 +487,17 @@ def opennmt_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence
         return x + linear(attend(q, k, v, num_heads, causal=causal), f"{name}.final_linear")
 
     def feed_forward(x: Array, name: str) -> Array:
-        inner = linear(norm(x, f"{name}.layer_norm"), f"{name}.w_1")
+        entered = norm(x, f"{name}.layer_norm")
+        inner = linear(entered, f"{name}.w_1")
         match settings["pos_ffn_activation_fn"]:
             case "relu":
                 inner = np.maximum(inner, 0)
-            case "gelu":
+            case "gelu" | "gated-gelu":
                 inner = inner * (1 + np.vectorize(math.erf)(inner / math.sqrt(2))) / 2
+            case "silu":
+                inner = inner * sigmoid(inner)
+        if settings["pos_ffn_activation_fn"] in OPENNMT_GATED:
+            inner = inner * linear(entered, f"{name}.w_3")
         return x + linear(inner, f"{name}.w_2")
 
     def embedded(ids: Sequence[int], side: str) -> Array:

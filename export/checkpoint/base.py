@@ -153,7 +153,7 @@ def build_model(checkpoint: Checkpoint) -> Transformer:
     model.load_state_dict(tensors, assign=True)
     if checkpoint.config.tie_output:
         model.output.weight = model.decoder.embedding.tokens.weight
-    if checkpoint.config.positions != "learned":
+    if checkpoint.config.positions not in ("learned", "relative"):
         for side in (model.encoder, model.decoder):
             side.embedding.position_table = computed_positions(checkpoint.config)
     return model.eval()

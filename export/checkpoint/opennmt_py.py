@@ -40,7 +40,15 @@ _CONVERSION = (
 # A file's table has 5000 positions; this is far beyond a sentence.
 _MAX_POSITIONS = 1024
 
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "silu": "silu",
+    "gated-gelu": "gelu",
+    "gated-silu": "silu",
+}
+# By this matrix a gated feed-forward network is told: what is called ``silu`` was one at first.
+_FACTOR = "feed_forward.w_3"
 _OFF = (None, False, 0)
 # Settings that would make another architecture, and the values with which they do not.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -187,6 +195,8 @@ def _parameter_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
                     yield f"{theirs}.{attn}.{linear}", f"{ours}.{attention}.{projection}"
                 yield f"{theirs}.{norm}", f"{ours}.{attention}_residual.norm"
             yield f"{theirs}.feed_forward.w_1", f"{ours}.feed_forward.inner"
+            if config.gated:
+                yield f"{theirs}.{_FACTOR}", f"{ours}.feed_forward.factor"
             yield f"{theirs}.feed_forward.w_2", f"{ours}.feed_forward.outer"
             yield f"{theirs}.feed_forward.layer_norm", f"{ours}.feed_forward_residual.norm"
         yield f"{side}.layer_norm", f"{side}.final_norm"
@@ -247,6 +257,7 @@ def _architecture(settings: _OpenNmtConfig, vocabularies: Vocabularies, start: s
         decoder_d_ff=decoder_inner.shape[0],
         norm="pre",
         activation=_ACTIVATIONS[settings.pos_ffn_activation_fn],
+        gated=f"encoder.transformer.0.{_FACTOR}.weight" in state,
         positions="learned",
         max_positions=max(1, min(rows, _MAX_POSITIONS)),
         output_bias=True,

@@ -115,6 +115,8 @@ def test_the_file_itself(directory: Path) -> None:
     "changed",
     [
         {"pos_ffn_activation_fn": "gelu"},
+        {"pos_ffn_activation_fn": "silu"},
+        {"pos_ffn_activation_fn": "gated-gelu", "add_ffnbias": False},
         {"share_embeddings": True},
         {"share_decoder_embeddings": True},
         {"add_qkvbias": False, "add_ffnbias": False},
@@ -175,7 +177,7 @@ UNSUPPORTED: dict[str, Any] = {
     "model_task": "lm",
     "num_kv": 4,
     "parallel_residual": True,
-    "pos_ffn_activation_fn": "silu",
+    "pos_ffn_activation_fn": "tanh",
     "position_encoding": False,
     "self_attn_type": "average",
 }
@@ -239,7 +241,7 @@ def change_wrongly(document: dict[str, Any]) -> None:
     model["decoder.transformer_layers.0.feed_forward.w_2.weight"] = torch.zeros(3, 3)
     model["encoder.transformer.0.feed_forward.w_1.bias"][0] = torch.inf
     del model["encoder.transformer.1.layer_norm.bias"]
-    model["encoder.transformer.0.feed_forward.w_3.weight"] = torch.zeros(24, 16)
+    model["encoder.transformer.0.feed_forward.w_4.weight"] = torch.zeros(24, 16)
 
 
 def test_every_tensor_that_is_wrong_is_named_at_once(directory: Path) -> None:
@@ -248,7 +250,7 @@ def test_every_tensor_that_is_wrong_is_named_at_once(directory: Path) -> None:
         "model.pt: decoder.transformer_layers.0.feed_forward.w_2.weight: shape [3, 3], expected [16, 24]",
         "model.pt: encoder.transformer.0.feed_forward.w_1.bias: 1 of 24 values are not finite",
         "model.pt: encoder.transformer.1.layer_norm.bias: missing, expected [16]",
-        "model.pt: encoder.transformer.0.feed_forward.w_3.weight: extra [24, 16]",
+        "model.pt: encoder.transformer.0.feed_forward.w_4.weight: extra [24, 16]",
     }
 
 
