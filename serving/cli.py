@@ -331,9 +331,7 @@ def export(
         from export.pipeline import export_bundle
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed: exporting needs the extra onnxlate[export]") from error
-    export_bundle(
-        checkpoint, bundle, precision=precision, languages=languages, source_prefix=source_prefix, overwrite=overwrite
-    )
+    export_bundle(checkpoint, bundle, precision=precision, languages=languages, source_prefix=source_prefix, overwrite=overwrite)
     click.echo(f"wrote {bundle}", err=True)
 
 
