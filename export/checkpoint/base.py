@@ -135,6 +135,26 @@ def not_finite(tensor: Tensor) -> int:
     return sum(int((~part.isfinite()).sum()) for part in parts)
 
 
+def alignment(
+    layer: int, heads: int, *, num_layers: int, num_heads: int, faults: list[str], prefix: str = ""
+) -> tuple[int, int | None]:
+    """``alignment_layer`` and ``alignment_heads`` of ``ModelConfig``, as other tools state them.
+
+    Args:
+        layer: counted from the end where it is below 0.
+        heads: 0: all.
+        num_layers: of the decoder.
+        num_heads: of each.
+        faults: where it goes that there is no such layer, or that there are not so many heads.
+        prefix: of their names in the format.
+    """
+    if not -num_layers <= layer < num_layers:
+        faults.append(f"{prefix}alignment_layer: there is no layer {layer} of {num_layers}")
+    if not 0 <= heads <= num_heads:
+        faults.append(f"{prefix}alignment_heads: there are {num_heads}, not {heads}")
+    return layer % num_layers, heads or None
+
+
 def build_model(checkpoint: Checkpoint) -> Transformer:
     """The module with the checkpoint's weights: float32, on the CPU, in evaluation mode.
 

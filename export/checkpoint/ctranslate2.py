@@ -5,8 +5,6 @@ A directory with ``model.bin`` (``ctranslate2_binary.py``), vocabularies (``shar
 where one lies beside it under a usual name (``vocabulary.py``) it is taken, otherwise a bundle takes and gives tokens with spaces
 between them. Knows what belongs together; does not know variables (``ctranslate2_weights.py``), tokens
 (``ctranslate2_tokens.py``) or what a checkpoint becomes.
-
-Not done here: the unknown token is not replaced by the source token that is most attended to, which CTranslate2 does when asked.
 """
 
 from __future__ import annotations
@@ -192,6 +190,8 @@ def _architecture(
             tie_output=torch.equal(output, target),
             embedding_norm=settings.embedding_norm,
             layer_norm_eps=config.layer_norm_epsilon or _LAYER_NORM_EPS,
+            alignment_layer=settings.alignment_layer,
+            alignment_heads=settings.alignment_heads,
             pad_id=tokens.pad_id,
             eos_id=tokens.eos_id,
             decoder_start_id=tokens.decoder_start_id,

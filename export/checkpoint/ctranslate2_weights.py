@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from export.checkpoint.base import alignment
 from export.checkpoint.ctranslate2_binary import ModelBinary
 from export.model import Activation, NormPlacement
 
@@ -29,12 +30,15 @@ PROJECTION = "decoder/projection"
 
 _ACTIVATIONS: dict[int, Activation] = {0: "relu", 1: "gelu_tanh", 2: "silu", 3: "gelu", 4: "gelu_sigmoid"}
 _ACTIVATION_NAMES = ("ReLU", "GELUTanh", "Swish", "GELU", "GELUSigmoid", "Tanh", "Sigmoid")
-# Settings by their last name: those that are read, and those that change nothing of what the module computes (which attention is
-# returned as an alignment; how one would merge several embeddings; details of what is off).
+# Settings by their last name: those that are read, and those that change nothing of what the module computes (how one would merge
+# several embeddings; details of what is off).
 _READ = frozenset(
-    {"activation", "multiply_by_sqrt_depth", "num_heads", "pre_norm", "scale_embeddings", "start_from_zero_embedding"}
+    {
+        *("activation", "alignment_heads", "alignment_layer", "multiply_by_sqrt_depth", "num_heads", "pre_norm"),
+        *("scale_embeddings", "start_from_zero_embedding"),
+    }
 )
-_IGNORED = frozenset({"alibi_use_positive_positions", "alignment_heads", "alignment_layer", "embeddings_merge", "scale_alibi"})
+_IGNORED = frozenset({"alibi_use_positive_positions", "embeddings_merge", "scale_alibi"})
 # Of files before config.json, which ``ctranslate2.py`` reads.
 _OLD_SETTINGS = frozenset(
     {
@@ -85,6 +89,9 @@ class Settings:
     output_bias: bool
     # The first vector that the decoder gets is zero, whatever the start token is.
     start_from_zero: bool
+    # Whose attention tells what source tokens a target token comes from; see ``ModelConfig``.
+    alignment_layer: int
+    alignment_heads: int | None
     # Rows of the embeddings.
     source_rows: int
     target_rows: int
@@ -148,6 +155,14 @@ def read_settings(model: ModelBinary, faults: list[str]) -> Settings | None:
                 f"{side}/layer_norm: pre_norm is {pre_norm}; a stack {with_or_without} a last norm is not supported then"
             )
     found += _setting_faults(model, d_model, num_heads)
+    alignment_layer, alignment_heads = alignment(
+        _decoder_setting(model, "alignment_layer", -1),
+        _decoder_setting(model, "alignment_heads", 1),
+        num_layers=depths["decoder"] or 1,
+        num_heads=num_heads or 1,
+        faults=found,
+        prefix="decoder/",
+    )
     # The same of many layers is told once.
     unknown = dict.fromkeys(_NUMBER.sub("*", name) for name in model.names if not _is_known(name))
     faults += [*found, *(f"{name}: is not supported" for name in unknown)]
@@ -166,6 +181,8 @@ def read_settings(model: ModelBinary, faults: list[str]) -> Settings | None:
         embedding_norm=embedding_norms["encoder"],
         output_bias=f"{PROJECTION}/bias" in model,
         start_from_zero=bool(model.scalar("decoder/start_from_zero_embedding")),
+        alignment_layer=alignment_layer,
+        alignment_heads=alignment_heads,
         source_rows=shapes["source"][0],
         target_rows=shapes["target"][0],
     )
@@ -303,6 +320,11 @@ def _setting(model: ModelBinary, side: str, name: str) -> float | int | None:
     """A setting of one side, which old files have once for both."""
     value = model.scalar(f"{side}/{name}")
     return model.scalar(name) if value is None else value
+
+
+def _decoder_setting(model: ModelBinary, name: str, default: int) -> int:
+    value = model.scalar(f"decoder/{name}")
+    return default if value is None else int(value)
 
 
 def _agreed(model: ModelBinary, name: str, found: list[str], *, default: int | None = None) -> int | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from export.checkpoint.archives import settings_of
+from export.checkpoint.base import alignment
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.stand_ins import OMEGACONF_CLASSES
 from export.model import Activation, ModelConfig
@@ -103,6 +104,9 @@ class FairseqConfig(BaseModel):
     layernorm_embedding: Annotated[bool, _set(False)] = False
     max_source_positions: Annotated[_Length, _set(1024)] = 1024
     max_target_positions: Annotated[_Length, _set(1024)] = 1024
+    # Of models that were trained with alignments; for others CTranslate2 takes the mean of the last layer's heads.
+    alignment_layer: Annotated[int, _set(-1)] = -1
+    alignment_heads: Annotated[int, _set(0)] = 0
 
     def architecture_faults(self) -> list[str]:
         """Every setting that contradicts another, or that this project's module has no place for."""
@@ -126,10 +130,16 @@ class FairseqConfig(BaseModel):
             )
         if self.decoder_normalize_before and self.no_decoder_final_norm:
             faults.append("no_decoder_final_norm: True is not supported beside decoder_normalize_before")
+        self._alignment(faults)
         return faults
+
+    def _alignment(self, faults: list[str]) -> tuple[int, int | None]:
+        num_layers, num_heads = self.decoder_layers, self.decoder_attention_heads
+        return alignment(self.alignment_layer, self.alignment_heads, num_layers=num_layers, num_heads=num_heads, faults=faults)
 
     def architecture(self, source_vocab_size: int, target_vocab_size: int) -> ModelConfig:
         """The same for ``Transformer``; only where there are no faults."""
+        alignment_layer, alignment_heads = self._alignment([])
         return ModelConfig(
             source_vocab_size=source_vocab_size,
             target_vocab_size=target_vocab_size,
@@ -148,6 +158,8 @@ class FairseqConfig(BaseModel):
             tie_output=self.share_all_embeddings or self.share_decoder_input_output_embed,
             embedding_norm=self.layernorm_embedding,
             layer_norm_eps=1e-5,
+            alignment_layer=alignment_layer,
+            alignment_heads=alignment_heads,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
             decoder_start_id=EOS_ID,

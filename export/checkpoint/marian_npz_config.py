@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -75,6 +75,8 @@ class MarianConfig(BaseModel):
     tied_embeddings_src: bool = False
     tied_embeddings_all: bool = False
     output_omit_bias: bool = False
+    # A number from 1 up; that layer's first head is trained with alignments.
+    transformer_guided_alignment_layer: Literal["last"] | _Depth = "last"
 
     @property
     def norms(self) -> tuple[str, str, str]:
@@ -118,10 +120,14 @@ class MarianConfig(BaseModel):
             faults.append(f"dim-emb: {self.dim_emb} is no multiple of 2 and of transformer-heads {self.transformer_heads}")
         if self.shares_embeddings and self.dim_vocabs[0] != self.dim_vocabs[1]:
             faults.append(f"dim-vocabs: {self.dim_vocabs} differ, and the embeddings are tied")
+        if self.transformer_guided_alignment_layer != "last" and self.transformer_guided_alignment_layer > self.dec_depth:
+            there_are = f"there are {self.dec_depth} layers in the decoder"
+            faults.append(f"transformer-guided-alignment-layer: {self.transformer_guided_alignment_layer}, {there_are}")
         return faults
 
     def architecture(self, eos_id: int, num_positions: int, *, trained_positions: bool) -> ModelConfig:
         """The same for ``Transformer``, as Marian has it: without a start token. Only where there are no faults."""
+        guided = self.transformer_guided_alignment_layer
         return ModelConfig(
             source_vocab_size=self.dim_vocabs[0],
             target_vocab_size=self.dim_vocabs[1],
@@ -141,6 +147,7 @@ class MarianConfig(BaseModel):
             tie_output=self.tied_embeddings or self.tied_embeddings_all,
             embedding_norm=self.embedding_operations == "n",
             layer_norm_eps=_LAYER_NORM_EPS,
+            alignment_layer=(self.dec_depth if guided == "last" else guided) - 1,
             # What Marian pads with; behind a source's end nothing is looked at.
             pad_id=eos_id,
             eos_id=eos_id,

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from export.checkpoint.archives import file_sha256, read_pickle, settings_of, weights_of
-from export.checkpoint.base import Checkpoint, read_samples
+from export.checkpoint.base import Checkpoint, alignment, read_samples
 from export.checkpoint.hugging_face import rename, setting_faults
 from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
 from export.checkpoint.vocabulary import END_TOKEN, Vocabularies, choose_tokenizer
@@ -100,6 +100,10 @@ class _OpenNmtConfig(BaseModel):
     add_ffnbias: bool = True
     src_subword_model: str | None = None
     tgt_subword_model: str | None = None
+    # Of models that were trained with alignments (of some weight); for others CTranslate2 takes the last layer's first head.
+    lambda_align: float | None = None
+    alignment_layer: int = -3
+    alignment_heads: int = 0
 
     def architecture_faults(self, d_model: int) -> list[str]:
         """Every setting that contradicts another, or that this project's module has no place for."""
@@ -109,7 +113,13 @@ class _OpenNmtConfig(BaseModel):
             faults.append(f"pos_ffn_activation_fn: {self.pos_ffn_activation_fn!r} is not supported, only {supported}")
         if d_model % self.heads or d_model % 2:
             faults.append(f"heads: an embedding of {d_model} is no multiple of 2 and of {self.heads}")
+        self.alignment(faults)
         return faults
+
+    def alignment(self, faults: list[str]) -> tuple[int, int | None]:
+        """See ``alignment``."""
+        layer, heads = (self.alignment_layer, self.alignment_heads) if self.lambda_align else (-1, 1)
+        return alignment(layer, heads, num_layers=self.dec_layers, num_heads=self.heads, faults=faults)
 
 
 class OpenNmtPyReader:
@@ -246,6 +256,7 @@ def _architecture(settings: _OpenNmtConfig, vocabularies: Vocabularies, start: s
     target = vocabularies.target
     tables = [state[name] for side in ("encoder", "decoder") if (name := f"{side}.{_POSITIONS}") in state]
     rows = min((table.shape[0] for table in tables if table.dim()), default=_MAX_POSITIONS)
+    alignment_layer, alignment_heads = settings.alignment([])
     return ModelConfig(
         source_vocab_size=len(vocabularies.source),
         target_vocab_size=len(target),
@@ -264,6 +275,8 @@ def _architecture(settings: _OpenNmtConfig, vocabularies: Vocabularies, start: s
         share_embeddings=settings.share_embeddings,
         tie_output=settings.share_decoder_embeddings,
         layer_norm_eps=settings.norm_eps,
+        alignment_layer=alignment_layer,
+        alignment_heads=alignment_heads,
         pad_id=target.get(PADDING_TOKEN, target[END_TOKEN]),
         eos_id=target[END_TOKEN],
         decoder_start_id=target[start],

@@ -272,6 +272,27 @@ def test_an_end_that_no_source_has_room_for(tmp_path: Path) -> None:
     assert checkpoint.config.eos_id == 1
 
 
+@pytest.mark.parametrize(
+    ("stated", "layer", "heads"),
+    [
+        ({}, 0, 1),
+        ({"decoder/alignment_heads": 0}, 0, None),
+        ({"decoder/alignment_layer": 0, "decoder/alignment_heads": 2}, 0, 2),
+    ],
+    ids=str,
+)
+def test_which_attention_is_the_alignment(tmp_path: Path, stated: dict[str, int], layer: int, heads: int | None) -> None:
+    found = variables() | {name: np.array(value, np.int16) for name, value in stated.items()}
+    config = read_checkpoint(write(tmp_path / "m", binary(found))).config
+    assert (config.alignment_layer, config.alignment_heads) == (layer, heads)
+
+
+def test_the_alignment_of_files_that_do_not_state_it(tmp_path: Path) -> None:
+    found = {name: value for name, value in variables().items() if "alignment" not in name}
+    config = read_checkpoint(write(tmp_path / "m", binary(found))).config
+    assert (config.alignment_layer, config.alignment_heads) == (0, 1)
+
+
 def test_languages(tmp_path: Path) -> None:
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{i}" for i in range(18)), "__en__", "__ast__"]
     config = {**CONFIG, "decoder_start_token": "</s>", "add_source_eos": False}
@@ -550,6 +571,16 @@ def setting(name: str, value: Any) -> Callable[[Variables], None]:
             setting("decoder/position_encodings/encodings", np.zeros((40, 8), np.float32)),
             ["decoder/position_encodings/encodings: shape [40, 8], expected [positions, 16]"],
             id="positions",
+        ),
+        pytest.param(
+            setting("decoder/alignment_layer", np.array(1, np.int16)),
+            ["decoder/alignment_layer: there is no layer 1 of 1"],
+            id="alignment of no layer",
+        ),
+        pytest.param(
+            setting("decoder/alignment_heads", np.array(3, np.int16)),
+            ["decoder/alignment_heads: there are 2, not 3"],
+            id="alignment of more heads than there are",
         ),
         pytest.param(
             setting("encoder/layer_4294967295/ffn/linear_0/bias", np.zeros(4, np.float32)),

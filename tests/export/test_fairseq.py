@@ -125,6 +125,22 @@ def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
     assert_computes(read_checkpoint(directory), {**SETTINGS, **changed})
 
 
+@pytest.mark.parametrize(
+    ("stated", "layer", "heads"),
+    [
+        ({}, 0, None),
+        ({"alignment_layer": 0, "alignment_heads": 1}, 0, 1),
+        ({"alignment_layer": -1, "alignment_heads": 2}, 0, 2),
+        ({"alignment_layer": None, "alignment_heads": None}, 0, None),
+    ],
+    ids=str,
+)
+def test_which_attention_is_the_alignment(directory: Path, stated: dict[str, Any], layer: int, heads: int | None) -> None:
+    write(directory, **stated)
+    config = read_checkpoint(directory).config
+    assert (config.alignment_layer, config.alignment_heads) == (layer, heads)
+
+
 def test_what_is_not_stated_has_its_default(directory: Path) -> None:
     defaults = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_source_positions": 1024}
     settings = {**SETTINGS, **defaults}
@@ -312,6 +328,8 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
     ("settings", "fault"),
     [
         ({"encoder_embed_dim": 15}, "encoder_embed_dim: 15 is no multiple of 2"),
+        ({"alignment_layer": 2}, "alignment_layer: there is no layer 2 of 1"),
+        ({"alignment_heads": 5}, "alignment_heads: there are 2, not 5"),
         ({"encoder_layers": 0}, "encoder_layers: Input should be greater than 0"),
         ({"encoder_layers": 10**9}, "encoder_layers: Input should be less than"),
         ({"encoder_layers": "6"}, "encoder_layers: Input should be a valid integer"),

@@ -135,6 +135,21 @@ def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
     assert_computes(read_checkpoint(directory), {**SETTINGS, **changed})
 
 
+@pytest.mark.parametrize(
+    ("stated", "layer", "heads"),
+    [
+        ({}, 0, 1),
+        ({"transformer-guided-alignment-layer": "last"}, 0, 1),
+        ({"transformer-guided-alignment-layer": 1}, 0, 1),
+    ],
+    ids=str,
+)
+def test_which_attention_is_the_alignment(directory: Path, stated: dict[str, Any], layer: int, heads: int | None) -> None:
+    write(directory, **stated)
+    config = read_checkpoint(directory).config
+    assert (config.alignment_layer, config.alignment_heads) == (layer, heads)
+
+
 def test_pre_norm_is_read_with_a_warning(directory: Path) -> None:
     changed: dict[str, Any] = {"transformer-preprocess": "n", "transformer-postprocess": "da", "transformer-postprocess-top": "n"}
     write(directory, **changed)
@@ -388,6 +403,7 @@ def test_settings_that_training_writes_beside_a_model(opus: Path) -> None:
         ({"transformer-tied-layers": [2]}, "transformer-tied-layers: [2] do not say"),
         ({"transformer-tied-layers": ["a"]}, "transformer-tied-layers.0: Input should be a valid integer"),
         ({"transformer-tied-layers": "1"}, "transformer-tied-layers: Input should be a valid list"),
+        ({"transformer-guided-alignment-layer": 3}, "transformer-guided-alignment-layer: 3, there are 1 layers in the decoder"),
         ({"enc-depth": "many"}, "enc-depth: Input should be a valid integer"),
         ({"enc-depth": [[[6]]]}, "enc-depth: Input should be a valid integer"),
         ({"tied-embeddings": "perhaps"}, "tied-embeddings: Input should be a valid boolean"),

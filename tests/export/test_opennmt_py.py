@@ -140,6 +140,22 @@ def as_before(document: dict[str, Any]) -> None:
         del model[f"{side}.embeddings.make_embedding.pe.pe"]
 
 
+@pytest.mark.parametrize(
+    ("stated", "layer", "heads"),
+    [
+        ({}, 0, 1),
+        ({"lambda_align": 0.0, "alignment_layer": 0, "alignment_heads": 0}, 0, 1),
+        ({"lambda_align": 0.05, "alignment_layer": 0, "alignment_heads": 0}, 0, None),
+        ({"lambda_align": 0.05, "alignment_layer": -1, "alignment_heads": 2}, 0, 2),
+    ],
+    ids=str,
+)
+def test_which_attention_is_the_alignment(directory: Path, stated: dict[str, Any], layer: int, heads: int | None) -> None:
+    write(directory, **stated)
+    config = read_checkpoint(directory).config
+    assert (config.alignment_layer, config.alignment_heads) == (layer, heads)
+
+
 def test_names_of_older_versions(directory: Path) -> None:
     write(directory, as_before)
     assert_computes(read_checkpoint(directory), SETTINGS)
@@ -194,6 +210,7 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
     ("settings", "fault"),
     [
         ({"heads": 3}, "heads: an embedding of 16 is no multiple of 2 and of 3"),
+        ({"lambda_align": 0.1, "alignment_layer": -3}, "alignment_layer: there is no layer -3 of 1"),
         ({"enc_layers": 0}, "enc_layers: Input should be greater than 0"),
         ({"enc_layers": 10**9}, "enc_layers: Input should be less than"),
         ({"norm_eps": float("nan")}, "norm_eps: Input should be"),
