@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequence_
 
 from serving.errors import RequestCancelledError, ShuttingDownError
@@ -40,6 +40,15 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence_[int]) -> str:
         return bytes(id_ - _FIRST_BYTE_ID for id_ in ids if id_ >= _FIRST_BYTE_ID).decode(errors="replace")
+
+    def decode_with(self, ids: Sequence_[int], instead: Mapping[int, str]) -> str:
+        return "".join(instead.get(place) or self.decode([id_]) for place, id_ in enumerate(ids))
+
+    def source_pieces(self, text: str) -> list[str]:
+        return self.target_pieces(self.encode(text))
+
+    def target_pieces(self, ids: Sequence_[int]) -> list[str]:
+        return [chr(id_ - _FIRST_BYTE_ID) if id_ >= _FIRST_BYTE_ID else f"<{id_}>" for id_ in ids]
 
     def certain_text(self, ids: Sequence_[int]) -> str:
         return self.decode(ids).rstrip("\ufffd")

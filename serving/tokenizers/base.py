@@ -62,6 +62,19 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of target ids; tokens that are no text have none."""
 
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """The text of target ids with pieces of a source, by their places among the ids, in the place of some."""
+
+    def source_pieces(self, text: str) -> list[str]:
+        """What ``encode`` cuts a text into, one for each id: as the vocabulary spells it, or as the text where that is unknown.
+
+        Raises:
+            UnicodeEncodeError: as ``encode``.
+        """
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells target ids; empty where it has no such token."""
+
     def certain_text(self, ids: Sequence[int]) -> str:
         """How ``decode`` of these ids, and of any longer list that starts with them, begins: what no further token can change.
 

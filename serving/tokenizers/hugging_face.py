@@ -129,6 +129,31 @@ class HuggingFaceTokenizer:
         """See ``Tokenizer.decode``."""
         return self._library.decode(self._of_text(ids), skip_special_tokens=False)
 
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """See ``Tokenizer.decode_with``."""
+        spelled = zip(range(len(ids)), ids, self.target_pieces(ids), strict=True)
+        pieces = [instead.get(place, piece) for place, i, piece in spelled if place in instead or i in self._text_ids]
+        decoder = self._library.decoder
+        text: str = " ".join(pieces) if decoder is None else decoder.decode(pieces)
+        return text
+
+    def source_pieces(self, text: str) -> list[str]:
+        """See ``Tokenizer.source_pieces``."""
+        text.encode()  # as ``encode``
+        if not text or text.isspace():
+            return []
+        encoding = self._library.encode(text, add_special_tokens=False)
+        unknown = {*self._never_of_text, *self._instead}
+        return [
+            text[slice(*offsets)] if i in unknown else piece
+            for i, piece, offsets in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+            if i not in self._never_of_text or self._instead
+        ]
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer.target_pieces``."""
+        return [self._library.id_to_token(i) or "" for i in ids]
+
     def certain_text(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.certain_text``. None of a decoder that may change what it made of earlier tokens."""
         if self._is_appending:

@@ -22,10 +22,8 @@ from serving.tokenizers.base import (
     without_incomplete_character,
     without_tokens,
 )
-from serving.tokenizers.sentence_piece import load_model
+from serving.tokenizers.sentence_piece import SPACE, load_model
 
-# What SentencePiece writes for a space.
-_SPACE = "\u2581"
 # Tokens of a vocabulary that are no text in any.
 _UNKNOWN, _END = "<unk>", "</s>"
 _MARKERS = frozenset((_UNKNOWN, _END, "<s>", "<pad>"))
@@ -63,6 +61,7 @@ class MarianTokenizer:
         # Languages like >>deu<< have text, as in Hugging Face's; a target has none of them.
         self._pieces = {i: piece for piece, i in without_tokens(target_vocabulary, (*_MARKERS, *special_tokens)).items()}
         self._target_ids = {piece: i for i, piece in self._pieces.items() if not _is_language_token(piece)}
+        self._spelled = {i: piece for piece, i in target_vocabulary.items()}
 
     @classmethod
     def load(cls, spec: MarianTokenizerSpec, files: TokenizerFiles) -> MarianTokenizer:
@@ -137,11 +136,25 @@ class MarianTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``. The unknown token has no text; a piece that the target model does not have is its own."""
-        pieces = [piece for i in ids if (piece := self._pieces.get(i))]
+        return self.decode_with(ids, {})
+
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """See ``Tokenizer.decode_with``."""
+        pieces = [piece for place, i in enumerate(ids) if (piece := instead.get(place) or self._pieces.get(i))]
         text: str = self._target.decode_pieces(pieces)
         # SentencePiece leaves its space symbol in pieces that it does not know. No other white space is stripped: before its last
         # byte came, one made of bytes was a replacement character, and the spaces in front of that were told.
-        return text.replace(_SPACE, " ").strip(" ")
+        return text.replace(SPACE, " ").strip(" ")
+
+    def source_pieces(self, text: str) -> list[str]:
+        """See ``Tokenizer.source_pieces``."""
+        text.encode()  # as ``encode``
+        pieces: list[str] = self._source.encode(text, out_type=str)
+        return pieces
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer.target_pieces``."""
+        return [self._spelled.get(i, "") for i in ids]
 
     def certain_text(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.certain_text``."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from serving.bundle import TokenizerSpec
 from serving.tokenizers.base import TokenizerFiles, contents_of, forms_of, known_ids, without_incomplete_character
+
+# What SentencePiece writes for a space.
+SPACE = "\u2581"
 
 
 class SentencePieceTokenizer:
@@ -72,6 +75,25 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return self._target.decode(list(ids))  # type: ignore[no-any-return]  # of a list[int] it is a str; the stub is a union
+
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """See ``Tokenizer.decode_with``."""
+        if not instead:
+            return self.decode(ids)
+        spelled = zip(range(len(ids)), ids, self.target_pieces(ids), strict=True)
+        pieces = [instead.get(place, piece) for place, i, piece in spelled if place in instead or not self._target.is_control(i)]
+        text: str = self._target.decode_pieces(pieces)
+        # SentencePiece leaves its space symbol in pieces that it does not know.
+        return text.replace(SPACE, " ").strip(" ")
+
+    def source_pieces(self, text: str) -> list[str]:
+        """See ``Tokenizer.source_pieces``."""
+        text.encode()  # as ``encode``
+        return self._source.encode(text, out_type=str)  # type: ignore[no-any-return]  # likewise
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer.target_pieces``."""
+        return [self._target.id_to_piece(i) for i in ids]
 
     def certain_text(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.certain_text``."""

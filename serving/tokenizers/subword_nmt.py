@@ -61,6 +61,7 @@ class SubwordNmtTokenizer:
         self._no_id = max(target_vocabulary.values()) + 1
         self._target = None if target_merges is None else _Pieces(target_merges, self._target_ids, self._no_id)
         self._pieces = {i: piece for piece, i in self._target_ids.items()}
+        self._spelled = {i: piece for piece, i in target_vocabulary.items()}
 
     @classmethod
     def load(cls, spec: SubwordNmtTokenizerSpec, files: TokenizerFiles) -> SubwordNmtTokenizer:
@@ -119,22 +120,35 @@ class SubwordNmtTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
-        whole, last = self._words(ids)
+        return self.decode_with(ids, {})
+
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """See ``Tokenizer.decode_with``."""
+        whole, last = self._words(ids, instead)
         return self._text([*whole, *last.split()])
+
+    def source_pieces(self, text: str) -> list[str]:
+        """See ``Tokenizer.source_pieces``."""
+        text.encode()  # as ``encode``
+        return self._source.spelled(self._moses.split(text) if self._moses else text.split())
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer.target_pieces``."""
+        return [self._spelled.get(i, "") for i in ids]
 
     def certain_text(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.certain_text``. After Moses' rules whole words only, and the last of them is not certain."""
         if self._moses is None:
             return self.decode(ids)
-        whole, _ = self._words(ids)
+        whole, _ = self._words(ids, {})
         return self._text(self._moses.certain_words(whole))
 
-    def _words(self, ids: Sequence[int]) -> tuple[list[str], str]:
+    def _words(self, ids: Sequence[int], instead: Mapping[int, str]) -> tuple[list[str], str]:
         """Whole words, and the beginning of one whose other pieces have not come."""
         words: list[str] = []
         word = ""
-        for i in ids:
-            piece = self._pieces.get(i)
+        for place, i in enumerate(ids):
+            piece = instead.get(place) or self._pieces.get(i)
             if piece is None:
                 continue
             if piece.endswith(_CONTINUED):
@@ -159,6 +173,18 @@ class _Pieces:
     def ids(self, words: Sequence[str]) -> list[int]:
         """Of all pieces of these words; a piece that has none is unknown."""
         return [self._ids[symbol] for symbol in self._encoder.encode(words, is_pretokenized=True).ids]
+
+    def spelled(self, words: Sequence[str]) -> list[str]:
+        """The same pieces as the vocabulary spells them, or would."""
+        encoding = self._encoder.encode(words, is_pretokenized=True)
+        pieces = []
+        for symbol, word, (start, stop) in zip(encoding.tokens, encoding.word_ids, encoding.offsets, strict=True):
+            if symbol != _UNKNOWN_SYMBOL:
+                pieces.append(_piece(symbol))
+                continue
+            assert word is not None, "words are all there is"
+            pieces.append(words[word][start:stop] + (_CONTINUED if stop < len(words[word]) else ""))
+        return pieces
 
 
 def _read_codes(name: str, contents: bytes) -> list[tuple[str, str]]:

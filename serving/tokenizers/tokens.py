@@ -33,6 +33,7 @@ class TokensTokenizer:
         self._unknown_target_id = same_token(unknown_id, source_vocabulary, target_vocabulary)
         self._target_ids = without_tokens(target_vocabulary, special_tokens)
         self._tokens = {i: token for token, i in self._target_ids.items()}
+        self._spelled = {i: token for token, i in target_vocabulary.items()}
 
     @classmethod
     def load(cls, spec: TokensTokenizerSpec, files: TokenizerFiles) -> TokensTokenizer:
@@ -79,7 +80,20 @@ class TokensTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``. Tokens with a space between each two."""
-        return " ".join(token for i in ids if (token := self._tokens.get(i)))
+        return self.decode_with(ids, {})
+
+    def decode_with(self, ids: Sequence[int], instead: Mapping[int, str]) -> str:
+        """See ``Tokenizer.decode_with``."""
+        return " ".join(token for place, i in enumerate(ids) if (token := instead.get(place) or self._tokens.get(i)))
+
+    def source_pieces(self, text: str) -> list[str]:
+        """See ``Tokenizer.source_pieces``."""
+        text.encode()  # as ``encode``
+        return text.split()
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer.target_pieces``."""
+        return [self._spelled.get(i, "") for i in ids]
 
     def certain_text(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.certain_text``. All of it: what follows is appended."""
