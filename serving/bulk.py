@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
+from serving.attended import AttendedSource
 from serving.errors import InvalidRequestError, OnnxlateError
 from serving.preparation import UNTOLD, Direction, TextPreparer, Translation
 from serving.request import Outcome, Sequence
@@ -117,6 +118,7 @@ def through_engine(
                 yield on_the_way.popleft().translation(preparer, options)
             line = _Line(source)
             if source:
+                line.attended = preparer.attended(text, options, direction)
                 now_s = time.monotonic()
                 line.sequence = preparer.sequence(
                     source,
@@ -147,6 +149,7 @@ def through_engine(
 @dataclass(slots=True)
 class _Line:
     source: tuple[int, ...]
+    attended: AttendedSource | None = None
     sequence: Sequence | None = None
     outcome: Outcome | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -161,7 +164,7 @@ class _Line:
             return preparer.blank(options)
         if self.outcome.error is not None:
             raise self.outcome.error
-        return preparer.translation(len(self.source), self.outcome)
+        return preparer.translation(len(self.source), self.outcome, self.attended)
 
 
 def through_server(

@@ -150,6 +150,8 @@ def serve(
 @click.option("--suppress", metavar="TEXT", multiple=True, help="A text that no translation has; may be repeated.")
 @click.option("--suppress-unknown", is_flag=True, default=None, help="Never take the token for unknown text.")
 @click.option("--end-token", metavar="TOKEN", multiple=True, help="A token that ends translations too; may be repeated.")
+@click.option("--replace-unknowns", is_flag=True, default=None, help="Put in what unknown tokens attended to most.")
+@click.option("--alignments", is_flag=True, help="Print pieces too, and which of the line's each one attended to most.")
 @click.option("--source-language", default="", show_default=False, help="Code of the language of the lines; may be left out.")
 @click.option("--target-language", default="", show_default=False, help="Code of the language wanted; may be left out.")
 @click.option("--batch-size", type=_COUNT, default=32, help="Lines of one request (--server) or decoded together (--bundle).")
@@ -172,6 +174,8 @@ def translate(
     suppress: tuple[str, ...],
     suppress_unknown: bool | None,
     end_token: tuple[str, ...],
+    replace_unknowns: bool | None,
+    alignments: bool,
     source_language: str,
     target_language: str,
     batch_size: int,
@@ -182,7 +186,9 @@ def translate(
 ) -> None:
     """Translate standard input to standard output, line by line, in order.
 
-    With --num-hypotheses above 1, each line gives up to so many, as LINE NUMBER<TAB>SCORE<TAB>TEXT.
+    With --num-hypotheses above 1, each line gives up to so many, as LINE NUMBER<TAB>SCORE<TAB>TEXT. With
+    --alignments, <TAB>PIECES OF THE LINE<TAB>PIECES OF THE TRANSLATION<TAB>ALIGNMENT follow, with spaces between pieces and an
+    alignment of places from 0 on, like "0-0 2-1": source-target.
     """
     from serving.request_options import RequestOptions
 
@@ -198,6 +204,8 @@ def translate(
         suppressed_texts=suppress,
         suppress_unknown=suppress_unknown,
         end_tokens=end_token,
+        return_attention=alignments or None,
+        replace_unknowns=replace_unknowns,
         return_scores=(num_hypotheses or 1) > 1,
     )
     languages = (source_language, target_language)
@@ -209,7 +217,7 @@ def translate(
         assert bundle is not None
         engine = _engine_config(device=device, threads=threads, max_rows_per_worker=batch_size * (beam_size or 1))
         translations = _by_bundle(bundle, options, target_prefixes, languages, engine)
-    _print_translations(translations, n_best=(num_hypotheses or 1) > 1)
+    _print_translations(translations, n_best=(num_hypotheses or 1) > 1, alignments=alignments)
 
 
 def _by_server(
@@ -279,7 +287,7 @@ def _read_prefixes(path: Path | None) -> Iterator[str] | None:
     return None if path is None else read(path)
 
 
-def _print_translations(translations: Iterable[Translation | RemoteTranslation], *, n_best: bool) -> None:
+def _print_translations(translations: Iterable[Translation | RemoteTranslation], *, n_best: bool, alignments: bool) -> None:
     out = sys.stdout.buffer
     # A bar and translations on one terminal would write over each other.
     hidden = not sys.stderr.isatty() or sys.stdout.isatty()
@@ -289,6 +297,9 @@ def _print_translations(translations: Iterable[Translation | RemoteTranslation],
             if n_best:
                 assert hypothesis.score is not None, "scores were asked for"
                 text = f"{number}\t{hypothesis.score:.6f}\t{text}"
+            if alignments:
+                places = " ".join(f"{source}-{target}" for source, target in hypothesis.alignment)
+                text = "\t".join((text, " ".join(translation.source_pieces), " ".join(hypothesis.target_pieces), places))
             out.write(f"{text}\n".encode())
         out.flush()
 

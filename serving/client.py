@@ -98,6 +98,10 @@ class DecodingOptions(TypedDict, total=False):
     # Tokens that end a translation, and whether it keeps the one that did.
     end_tokens: Sequence[str] | None
     return_end_token: bool | None
+    # Whether hypotheses carry their pieces and what these attended to in the source; whether unknown tokens become what they
+    # attended to most.
+    return_attention: bool | None
+    replace_unknowns: bool | None
 
 
 class TranslationClient:

@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.attended import AttendedSource, attended_target
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, PrefixBias, Sequence, SequenceTimings
 from serving.request_options import (
     RequestOptions,
     TranslationLimits,
+    check_attention,
     check_options,
     default,
 )
@@ -33,6 +38,15 @@ class TextHypothesis:
     finish_reason: FinishReason
     # Tokens decoded, the end-of-sentence token included.
     target_tokens: int
+    # Where it was asked for: its tokens as the vocabulary spells them, and the share of each one's attention that each of the
+    # source's pieces had, [its pieces, the source's].
+    target_pieces: tuple[str, ...] = ()
+    attention: NDArray[np.float32] | None = field(default=None, compare=False)
+
+    @property
+    def alignment(self) -> tuple[tuple[int, int], ...]:
+        """Of each target piece, the place of the source piece that it attended to most, and its own."""
+        return () if self.attention is None else tuple((int(row.argmax()), place) for place, row in enumerate(self.attention))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +57,8 @@ class Translation:
     # Tokens the encoder read, the end-of-sentence token included; 0 for a blank text, which is not encoded.
     source_tokens: int
     timings: SequenceTimings = field(default_factory=SequenceTimings)
+    # Of the text, where attention was asked for.
+    source_pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +235,15 @@ class TextPreparer:
             raise InvalidRequestError(field_name, reason)
         return ids
 
+    def check_attention(self, options: RequestOptions, lengths: Iterable[tuple[int, int]]) -> None:
+        """Refuse an answer that could become too large; lengths are tokens of the sources and of their target prefixes.
+
+        Raises:
+            InvalidRequestError: naming ``options.return_attention``.
+        """
+        if options.return_attention:
+            check_attention(options, ((source, self._lengths(options, source, prefix)[1]) for source, prefix in lengths))
+
     def _lengths(self, options: RequestOptions, source_tokens: int, prefix_tokens: int) -> tuple[int, int]:
         """Fewest and most target tokens.
 
@@ -282,6 +307,7 @@ class TextPreparer:
             suppressed=(*map(tuple, defaults.suppressed), *tokens.suppressed),
             end_ids=tokens.end_ids,
             return_end_token=default(options.return_end_token, False),
+            return_attention=options.needs_attention,
         )
 
     def sequence(
@@ -318,18 +344,34 @@ class TextPreparer:
         hypothesis = TextHypothesis(text="", score=score, finish_reason=FinishReason.EOS, target_tokens=0)
         return Translation(hypotheses=(hypothesis,), source_tokens=0)
 
-    def translation(self, source_tokens: int, outcome: Outcome) -> Translation:
-        """The text of a successful outcome."""
-        return Translation(
-            hypotheses=tuple(self._hypothesis(hypothesis) for hypothesis in outcome.hypotheses),
-            source_tokens=source_tokens,
-            timings=outcome.timings,
+    def attended(self, text: str, options: RequestOptions, direction: Direction = UNTOLD) -> AttendedSource | None:
+        """What is asked of the attention to a text that has tokens; None: nothing."""
+        if not options.needs_attention:
+            return None
+        return AttendedSource(
+            pieces=tuple(self.tokenizer.source_pieces(text)),
+            tokens_before=len(direction.before_source),
+            is_told=bool(options.return_attention),
+            replaces_unknowns=bool(options.replace_unknowns),
         )
 
-    def _hypothesis(self, hypothesis: Hypothesis) -> TextHypothesis:
+    def translation(self, source_tokens: int, outcome: Outcome, attended: AttendedSource | None = None) -> Translation:
+        """The text of a successful outcome; ``attended`` is what ``attended`` made of its source."""
+        return Translation(
+            hypotheses=tuple(self._hypothesis(hypothesis, attended) for hypothesis in outcome.hypotheses),
+            source_tokens=source_tokens,
+            timings=outcome.timings,
+            source_pieces=attended.pieces if attended is not None and attended.is_told else (),
+        )
+
+    def _hypothesis(self, hypothesis: Hypothesis, attended: AttendedSource | None) -> TextHypothesis:
+        target = None if attended is None else attended_target(hypothesis, attended, self.tokenizer)
+        told = target if attended is not None and attended.is_told else None
         return TextHypothesis(
-            text=self.tokenizer.decode(list(hypothesis.target_ids)),
+            text=self.tokenizer.decode(list(hypothesis.target_ids)) if target is None else target.text,
             score=hypothesis.score,
             finish_reason=hypothesis.finish_reason,
             target_tokens=hypothesis.target_tokens,
+            target_pieces=() if told is None else told.pieces,
+            attention=None if told is None else told.attention,
         )

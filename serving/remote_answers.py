@@ -5,6 +5,7 @@ Knows the protocol's responses; does not know requests, channels, errors or retr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.pb import translation_pb2 as pb
@@ -22,6 +23,15 @@ class RemoteHypothesis:
     # "eos" when the model ended the sentence, "length" when it was cut at max_target_tokens.
     finish_reason: str
     target_tokens: int
+    # Where ``return_attention`` asked for it: its tokens as the vocabulary spells them, and of each one the share of its
+    # attention that each of the source's pieces had.
+    target_pieces: tuple[str, ...] = ()
+    attention: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def alignment(self) -> tuple[tuple[int, int], ...]:
+        """Of each target piece, the place of the source piece that it attended to most, and its own."""
+        return tuple((max(range(len(row)), key=row.__getitem__), place) for place, row in enumerate(self.attention))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,8 @@ class RemoteTranslation:
     hypotheses: tuple[RemoteHypothesis, ...]
     source_tokens: int
     timings: TextTimings
+    # Of the text, where ``return_attention`` asked for attention.
+    source_pieces: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -86,6 +98,8 @@ def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
                 score=hypothesis.score if hypothesis.HasField("score") else None,
                 finish_reason=_FINISH_REASONS.get(hypothesis.finish_reason, "unknown"),
                 target_tokens=hypothesis.target_tokens,
+                target_pieces=tuple(hypothesis.target_pieces),
+                attention=_rows(hypothesis.attention, len(text.source_pieces)),
             )
             for hypothesis in text.hypotheses
         ),
@@ -97,7 +111,12 @@ def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
             steps=text.timings.steps,
             mean_rows_per_step=text.timings.mean_rows_per_step,
         ),
+        source_pieces=tuple(text.source_pieces),
     )
+
+
+def _rows(values: Sequence[float], columns: int) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(values[start : start + columns]) for start in range(0, len(values), columns)) if columns else ()
 
 
 def model_info_of(info: pb.GetModelInfoResponse) -> ModelInfo:

@@ -6,7 +6,7 @@ Knows options and limits; does not know text, tokens, languages, messages or the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,6 +28,8 @@ MOST_SUPPRESSED_TOKENS = 32
 # Of all texts together; they are cut into tokens at once.
 _MOST_SUPPRESSED_CHARACTERS = 4096
 _MOST_END_TOKENS = 32
+# Shares of attention in an answer, as many as there could be: 16 MiB. They are written while all others wait.
+_MOST_ATTENTION = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,15 @@ class RequestOptions:
     # Tokens that end a hypothesis beside the end-of-sentence token, and whether it keeps the one that did; default False.
     end_tokens: tuple[str, ...] = ()
     return_end_token: bool | None = None
+    # Whether hypotheses carry their pieces and what these attended to in the source; default False.
+    return_attention: bool | None = None
+    # Whether an unknown token becomes the piece of the source that it attended to most; default False.
+    replace_unknowns: bool | None = None
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the engine has to tell it."""
+        return bool(self.return_attention or self.replace_unknowns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,3 +198,31 @@ def check_bias(options: RequestOptions, *, is_prefixed: bool) -> None:
     """
     if options.prefix_bias is not None and not is_prefixed:
         raise InvalidRequestError("options.prefix_bias", "has a meaning with a target prefix only")
+
+
+def check_attention(options: RequestOptions, sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuse an answer that could become too large.
+
+    Args:
+        options: of the request.
+        sizes: source tokens and most target tokens of each of its texts.
+
+    Raises:
+        InvalidRequestError: naming ``options.return_attention``.
+    """
+    if not options.return_attention:
+        return
+    most = default(options.num_hypotheses, 1) * sum(source * target for source, target in sizes)
+    if most > _MOST_ATTENTION:
+        reason = f"could make {most} numbers of this request, at most {_MOST_ATTENTION} can be answered at once; send fewer texts"
+        raise InvalidRequestError("options.return_attention", f"{reason}, or set options.max_target_tokens")
+
+
+def check_streamed(options: RequestOptions) -> None:
+    """Refuse what is known at the end of a translation only.
+
+    Raises:
+        InvalidRequestError: naming ``options.replace_unknowns``.
+    """
+    if options.replace_unknowns:
+        raise InvalidRequestError("options.replace_unknowns", "cannot be streamed: what was sent is never taken back")

@@ -159,6 +159,8 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         max_target_ratio=value("max_target_ratio"),
         end_tokens=tuple(options.end_tokens),
         return_end_token=value("return_end_token"),
+        return_attention=value("return_attention"),
+        replace_unknowns=value("replace_unknowns"),
     )
 
 
@@ -183,6 +185,7 @@ def _translated_text(translation: Translation) -> pb.TranslatedText:
             steps=timings.steps,
             mean_rows_per_step=timings.mean_rows_per_step,
         ),
+        source_pieces=translation.source_pieces,
     )
 
 
@@ -192,6 +195,8 @@ def _hypothesis(hypothesis: TextHypothesis) -> pb.Hypothesis:
         score=hypothesis.score,
         finish_reason=_FINISH_REASONS[hypothesis.finish_reason],
         target_tokens=hypothesis.target_tokens,
+        target_pieces=hypothesis.target_pieces,
+        attention=None if hypothesis.attention is None else hypothesis.attention.ravel().tolist(),
     )
 
 

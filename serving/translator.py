@@ -17,7 +17,7 @@ from serving.errors import DeadlineExceededError
 from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
 from serving.request import Outcome, Sequence
-from serving.request_options import RequestOptions, check_bias, check_prefixes
+from serving.request_options import RequestOptions, check_bias, check_prefixes, check_streamed
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
@@ -123,6 +123,7 @@ class Translator:
             prefix = command.target_prefixes[index] if command.target_prefixes else ""
             prefixes.append(preparer.prefix_ids(prefix, f"target_prefixes[{index}]", command.options, len(sources[-1])))
             await turn.over()
+        preparer.check_attention(command.options, zip(map(len, sources), map(len, prefixes), strict=True))
         self._check_time(command.deadline_s)
 
         answers = _Answers(self._loop, [index for index, source in enumerate(sources) if source])
@@ -144,9 +145,11 @@ class Translator:
 
         translations = []
         for index, source in enumerate(sources):
-            translations.append(
-                preparer.translation(len(source), answers.outcomes[index]) if source else preparer.blank(command.options)
-            )
+            if source:
+                attended = preparer.attended(command.texts[index], command.options, direction)
+                translations.append(preparer.translation(len(source), answers.outcomes[index], attended))
+            else:
+                translations.append(preparer.blank(command.options))
             await turn.over()
         return translations
 
@@ -164,8 +167,10 @@ class Translator:
         direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_options(command.options)
         check_bias(command.options, is_prefixed=bool(command.target_prefix))
+        check_streamed(command.options)
         source = preparer.source_ids(command.text, "text", direction)
         prefix = preparer.prefix_ids(command.target_prefix, "target_prefix", command.options, len(source))
+        preparer.check_attention(command.options, [(len(source), len(prefix))])
         target_tokens = preparer.target_tokens(command.options)
         self._check_time(command.deadline_s)
         if not source:
@@ -198,7 +203,8 @@ class Translator:
         if tokens.outcome.error is not None:
             raise tokens.outcome.error
         rest = "".join(detokenizer.push(token) for token in tokens.take()) + detokenizer.finish()
-        yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome))
+        attended = preparer.attended(command.text, command.options, direction)
+        yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome, attended))
 
     def _check_time(self, deadline_s: float) -> None:
         if self._clock() >= deadline_s:

@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequence_
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serving.errors import RequestCancelledError, ShuttingDownError
 from serving.model import ServedModel
 from serving.preparation import ModelDescription, TextPreparer
@@ -65,7 +68,10 @@ class FakeClock:
 
 
 def shouted(sequence: Sequence) -> Outcome:
-    """A translation: the source in capitals. Each further hypothesis has one more exclamation mark, and a score lower by 1."""
+    """A translation: the source in capitals. Each further hypothesis has one more exclamation mark, and a score lower by 1.
+
+    Each token attends to the source's token in the same place, and a little to the first.
+    """
     text = ByteTokenizer().decode(sequence.source_ids).upper()
     longest = sequence.options.max_target_tokens
     hypotheses = []
@@ -78,10 +84,19 @@ def shouted(sequence: Sequence) -> Outcome:
                 score=-0.5 - rank if sequence.options.return_scores else None,
                 finish_reason=FinishReason.LENGTH if is_cut else FinishReason.EOS,
                 target_tokens=longest if is_cut else len(ids) + 1,
+                attention=diagonal(len(ids[:longest]), len(sequence.source_ids)) if sequence.options.return_attention else None,
             )
         )
     timings = SequenceTimings(queue_s=0.25, encode_s=0.5, decode_s=1.0, steps=7, mean_rows_per_step=3.5)
     return Outcome(hypotheses=tuple(hypotheses), timings=timings)
+
+
+def diagonal(target_tokens: int, source_tokens: int) -> NDArray[np.float32]:
+    """Attention to the token in the same place, or the last, and a little to the first: [target_tokens, source_tokens]."""
+    attention = np.zeros((target_tokens, source_tokens), np.float32)
+    attention[np.arange(target_tokens), np.minimum(np.arange(target_tokens), source_tokens - 1)] = 0.75
+    attention[:, 0] += 0.25
+    return attention
 
 
 Script = Callable[[Sequence], Outcome | None]

@@ -17,7 +17,7 @@ FINISH_REASON_EOS: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class DecodingOptions(_message.Message):
-    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token")
+    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token", "return_attention", "replace_unknowns")
     BEAM_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,8 @@ class DecodingOptions(_message.Message):
     MAX_TARGET_RATIO_FIELD_NUMBER: _ClassVar[int]
     END_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RETURN_END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RETURN_ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_UNKNOWNS_FIELD_NUMBER: _ClassVar[int]
     beam_size: int
     num_hypotheses: int
     length_penalty: float
@@ -56,7 +58,9 @@ class DecodingOptions(_message.Message):
     max_target_ratio: float
     end_tokens: _containers.RepeatedScalarFieldContainer[str]
     return_end_token: bool
-    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ...) -> None: ...
+    return_attention: bool
+    replace_unknowns: bool
+    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ..., return_attention: _Optional[bool] = ..., replace_unknowns: _Optional[bool] = ...) -> None: ...
 
 class TokenSequence(_message.Message):
     __slots__ = ("tokens",)
@@ -99,26 +103,32 @@ class TranslateResponse(_message.Message):
     def __init__(self, translations: _Optional[_Iterable[_Union[TranslatedText, _Mapping]]] = ..., timings: _Optional[_Union[RequestTimings, _Mapping]] = ...) -> None: ...
 
 class TranslatedText(_message.Message):
-    __slots__ = ("hypotheses", "source_tokens", "timings")
+    __slots__ = ("hypotheses", "source_tokens", "timings", "source_pieces")
     HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     SOURCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_PIECES_FIELD_NUMBER: _ClassVar[int]
     hypotheses: _containers.RepeatedCompositeFieldContainer[Hypothesis]
     source_tokens: int
     timings: TextTimings
-    def __init__(self, hypotheses: _Optional[_Iterable[_Union[Hypothesis, _Mapping]]] = ..., source_tokens: _Optional[int] = ..., timings: _Optional[_Union[TextTimings, _Mapping]] = ...) -> None: ...
+    source_pieces: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hypotheses: _Optional[_Iterable[_Union[Hypothesis, _Mapping]]] = ..., source_tokens: _Optional[int] = ..., timings: _Optional[_Union[TextTimings, _Mapping]] = ..., source_pieces: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hypothesis(_message.Message):
-    __slots__ = ("text", "score", "finish_reason", "target_tokens")
+    __slots__ = ("text", "score", "finish_reason", "target_tokens", "target_pieces", "attention")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PIECES_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     text: str
     score: float
     finish_reason: FinishReason
     target_tokens: int
-    def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., target_tokens: _Optional[int] = ...) -> None: ...
+    target_pieces: _containers.RepeatedScalarFieldContainer[str]
+    attention: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., target_tokens: _Optional[int] = ..., target_pieces: _Optional[_Iterable[str]] = ..., attention: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TextTimings(_message.Message):
     __slots__ = ("queue_seconds", "encode_seconds", "decode_seconds", "steps", "mean_rows_per_step")

@@ -212,6 +212,25 @@ def test_lengths_by_ratio_are_kept(client: TranslationClient) -> None:
             assert 0.5 * translation.source_tokens <= hypothesis.target_tokens <= 0.7 * translation.source_tokens
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_attention_is_told_on_request_and_to_nobody_else(client: TranslationClient, beam_size: int) -> None:
+    texts = ENGLISH_LINES[:4]
+    plain = client.translate(texts, beam_size=beam_size)
+    told = client.translate(texts, beam_size=beam_size, return_attention=True)
+    for one, other in zip(told, plain, strict=True):
+        hypothesis = one.hypotheses[0]
+        assert hypothesis.text == other.text
+        assert (other.source_pieces, other.hypotheses[0].attention) == ((), ())
+        # With the end of the sentence, which is none of the text's own.
+        assert len(one.source_pieces) == one.source_tokens - 1
+        assert (
+            len(hypothesis.attention)
+            == len(hypothesis.target_pieces)
+            == hypothesis.target_tokens - (hypothesis.finish_reason == "eos")
+        )
+        assert all(len(row) == len(one.source_pieces) and 0 < sum(row) < 1 + 1e-6 for row in hypothesis.attention)
+
+
 def test_target_lengths_are_kept(client: TranslationClient) -> None:
     for line in ENGLISH_LINES[:4]:
         (translation,) = client.translate([line], beam_size=3, num_hypotheses=3, min_target_tokens=5, max_target_tokens=7)

@@ -98,6 +98,28 @@ def test_several_hypotheses_are_told_with_line_number_and_score(translate: Trans
     assert result.stdout == "1\t-0.500000\tA\n1\t-1.500000\tA!\n2\t0.000000\t\n3\t-0.500000\tB\n3\t-1.500000\tB!\n"
 
 
+def test_alignments_are_told_with_the_pieces(translate: Translate) -> None:
+    result = translate("--alignments", stdin=b"abc\n\nd\n")
+    assert result.stdout == "ABC\ta b c\tA B C\t0-0 1-1 2-2\n\t\t\t\nD\td\tD\t0-0\n"
+
+
+def test_alignments_of_several_hypotheses(translate: Translate) -> None:
+    several = translate("--alignments", "--beam-size", "2", "--num-hypotheses", "2", stdin=b"a\n")
+    assert several.stdout == "1\t-0.500000\tA\ta\tA\t0-0\n1\t-1.500000\tA!\ta\tA !\t0-0 0-1\n"
+
+
+@pytest.mark.parametrize(("options", "stdout"), [([], "A\n"), (["--replace-unknowns"], "Ab\n")], ids=["kept", "replaced"])
+def test_unknown_tokens_are_replaced_where_it_is_asked_for(
+    translate: Translate, engine: ScriptedEngine, options: list[str], stdout: str
+) -> None:
+    def unknown(sequence: Sequence) -> Outcome:
+        (hypothesis,) = shouted(sequence).hypotheses
+        return Outcome(hypotheses=(dataclasses.replace(hypothesis, target_ids=(hypothesis.target_ids[0], UNKNOWN_ID)),))
+
+    engine.script = unknown
+    assert translate(*options, stdin=b"ab\n").stdout == stdout
+
+
 def test_options_reach_the_engine(translate: Translate, engine: ScriptedEngine) -> None:
     options = ["--beam-size", "4", "--num-hypotheses", "2", "--length-penalty", "0.5"]
     options += ["--min-target-tokens", "2", "--max-target-tokens", "9", "--source-language", "en", "--target-language", "de"]

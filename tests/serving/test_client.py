@@ -79,6 +79,18 @@ def test_translations_come_in_order_with_all_they_hold(client: TranslationClient
     assert (first.timings.queue_s, first.timings.steps, first.timings.mean_rows_per_step) == (0.25, 7, 3.5)
 
 
+def test_attention_comes_in_rows(client: TranslationClient) -> None:
+    asked, blank = client.translate(["ab", " "], return_attention=True)
+    assert asked.source_pieces == ("a", "b")
+    (hypothesis,) = asked.hypotheses
+    assert hypothesis.target_pieces == ("A", "B")
+    assert hypothesis.attention == ((1.0, 0.0), (0.25, 0.75))
+    assert hypothesis.alignment == ((0, 0), (1, 1))
+    assert (blank.source_pieces, blank.hypotheses[0].attention, blank.hypotheses[0].alignment) == ((), (), ())
+    (plain,) = client.translate(["ab"], replace_unknowns=True)
+    assert (plain.source_pieces, plain.hypotheses[0].target_pieces, plain.hypotheses[0].attention) == ((), (), ())
+
+
 def test_answers_are_frozen(client: TranslationClient) -> None:
     (translation,) = client.translate(["a"])
     assert translation.hypotheses[0].score is None, "nobody asked for it"

@@ -157,6 +157,19 @@ async def test_scores_are_left_unset_where_nobody_asked(servicer: TranslationSer
     assert [h.HasField("score") for translation in response.translations for h in translation.hypotheses] == [False, False]
 
 
+async def test_pieces_and_attention_are_sent_where_somebody_asked(servicer: TranslationServicer) -> None:
+    asked = pb.DecodingOptions(return_attention=True)
+    (translation,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"], options=asked))).translations
+    assert list(translation.source_pieces) == ["a", "b"]
+    (hypothesis,) = translation.hypotheses
+    assert list(hypothesis.target_pieces) == ["A", "B"]
+    assert list(hypothesis.attention) == [1.0, 0.0, 0.25, 0.75]
+    (plain,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"]))).translations
+    assert not plain.source_pieces
+    assert not plain.hypotheses[0].target_pieces
+    assert not plain.hypotheses[0].attention
+
+
 def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
     ours = set(RequestOptions.__dataclass_fields__)
     assert ours == {field.name for field in pb.DecodingOptions.DESCRIPTOR.fields}
