@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serving.attended import AttendedSource, attended_target
 from serving.request import DecodingOptions, Hypothesis
+from serving.tokenizers import load_tokenizer
 from tests.peers.subject import Subject
 from tests.peers.test_ctranslate2_import import Imported, fill, imported
 
@@ -55,7 +57,7 @@ def converter(layer: int, heads: int) -> Any:
 
 
 # An output bias of the unknown token that makes it come now and then.
-UNKNOWN_LOGIT = 2.0
+UNKNOWN_LOGIT = 8.0
 
 
 @pytest.fixture(scope="module", params=ALIGNMENTS)
@@ -161,3 +163,37 @@ def test_attention_of_a_model_of_hugging_faces(subject: Subject, marian_director
     print(f"{subject.checkpoint.name}: attention of {compared} hypotheses, at most {apart:.1e} apart")
     assert compared > 100
     assert apart <= TOLERANCE
+
+
+@pytest.mark.parametrize("base", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_unknown_tokens_become_the_same_words(case: Imported, base: DecodingOptions) -> None:
+    tokenizer = load_tokenizer(case.subject.bundle("fp32"))
+    rng = np.random.default_rng(3)
+    # Every sixth word is one that the source vocabulary does not have either; it may be put in all the same.
+    texts = [" ".join(f"{'s?????'[i % 6]}{i}" for i in rng.integers(0, 200, rng.integers(1, 20))) for _ in range(40)]
+    texts = [text.replace("?", "s", text.count("?") // 2) for text in texts]
+    eos_id = case.subject.checkpoint.config.eos_id
+    ours = case.subject.decode([(*tokenizer.encode(text), eos_id) for text in texts], base)
+    translator = ctranslate2.Translator(str(case.directory), compute_type="float32", intra_threads=1)
+    found = translator.translate_batch(
+        [text.split() for text in texts],
+        beam_size=base.beam_size,
+        num_hypotheses=base.num_hypotheses,
+        length_penalty=base.length_penalty,
+        max_decoding_length=LIMIT,
+        max_batch_size=1,
+        replace_unknowns=True,
+    )
+    replaced = unknown_to_both = 0
+    for text, mine, its in zip(texts, ours, found, strict=True):
+        source = AttendedSource(
+            pieces=tuple(tokenizer.source_pieces(text)), tokens_before=0, is_told=True, replaces_unknowns=True
+        )
+        targets = [attended_target(hypothesis, source, tokenizer) for hypothesis in mine]
+        assert [list(target.pieces) for target in targets] == its.hypotheses
+        words = [piece for target in targets for piece in target.pieces if piece in text.split()]
+        replaced += len(words)
+        unknown_to_both += sum(word.startswith("?") for word in words)
+    print(f"{replaced} unknown tokens became words of the source, {unknown_to_both} of which are in neither vocabulary")
+    assert unknown_to_both >= 10
+    assert replaced >= unknown_to_both + 10
