@@ -57,7 +57,7 @@ def converter(layer: int, heads: int) -> Any:
 
 
 # An output bias of the unknown token that makes it come now and then.
-UNKNOWN_LOGIT = 8.0
+UNKNOWN_LOGIT = 14.0
 
 
 @pytest.fixture(scope="module", params=ALIGNMENTS)
@@ -195,5 +195,5 @@ def test_unknown_tokens_become_the_same_words(case: Imported, base: DecodingOpti
         replaced += len(words)
         unknown_to_both += sum(word.startswith("?") for word in words)
     print(f"{replaced} unknown tokens became words of the source, {unknown_to_both} of which are in neither vocabulary")
-    assert unknown_to_both >= 10
+    assert unknown_to_both >= 5
     assert replaced >= unknown_to_both + 10
