@@ -57,8 +57,10 @@ def write_bundle(
             raise ExportError("\n  ".join(["the bundle would be unusable:", *faults]))
         with _partial_directory(place) as partial:
             entries = {name: _write(partial / name, contents) for name, contents in files.items()}
-            complete = Manifest.model_validate({**dict(manifest), "files": entries})
-            _write(partial / MANIFEST_NAME, (complete.model_dump_json(indent=2) + "\n").encode())
+            text = Manifest.model_validate({**dict(manifest), "files": entries}).model_dump_json(indent=2) + "\n"
+            # As a reader has it, whose version is of every field that stands there.
+            complete = Manifest.model_validate_json(text)
+            _write(partial / MANIFEST_NAME, text.encode())
             _sync_directory(partial)
             _move_into_place(partial, place, overwrite=overwrite)
     except OSError as error:

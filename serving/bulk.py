@@ -20,7 +20,7 @@ from serving.attended import AttendedSource
 from serving.errors import InvalidRequestError, OnnxlateError
 from serving.preparation import UNTOLD, Direction, TextPreparer, Translation
 from serving.request import Outcome, Sequence
-from serving.request_options import RequestOptions, check_bias
+from serving.request_options import RequestOptions, check_bias, check_one_sequence
 from serving.translator import DecodingEngine
 
 _L = TypeVar("_L")
@@ -92,6 +92,7 @@ def through_engine(
         EngineError: a graph failed.
     """
     preparer.check_options(options)
+    check_one_sequence(options)
     check_bias(options, is_prefixed=target_prefixes is not None)
     target_tokens = preparer.target_tokens(options)
     on_the_way: deque[_Line] = deque()

@@ -32,7 +32,7 @@ from serving.remote_answers import (
     translation_of,
 )
 from serving.remote_errors import call_of, error_of, server_wait_s
-from serving.request import Sampling
+from serving.request import Alternatives, Sampling
 
 __all__ = [
     "DecodingOptions",
@@ -102,6 +102,12 @@ class DecodingOptions(TypedDict, total=False):
     # attended to most.
     return_attention: bool | None
     replace_unknowns: bool | None
+    # From 0 to 10; added to the score for source tokens that got less than 1 of the attention.
+    coverage_penalty: float | None
+    # Whether hypotheses carry their pieces and the score of each.
+    return_token_scores: bool | None
+    # num_hypotheses translations that differ in the token after the prefix.
+    alternatives: Alternatives | None
 
 
 class TranslationClient:
@@ -340,6 +346,8 @@ def _strings(field: str, values: Sequence[str]) -> Sequence[str]:
 def _options(options: DecodingOptions) -> pb.DecodingOptions:
     # The protocol's fields know presence: None leaves one unset.
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if (alternatives := options.get("alternatives")) is not None:
+        given["alternatives"] = _message(pb.Alternatives, **dataclasses.asdict(alternatives))
     if (sampling := options.get("sampling")) is not None:
         given["sampling"] = _message(pb.Sampling, **dataclasses.asdict(sampling))
     for name in ("suppressed_texts", "end_tokens"):

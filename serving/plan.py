@@ -7,7 +7,7 @@ of them, and asked again, until it has the answer:
         plan.take([outcome of each])
     answer = plan.outcome()
 
-Draws are sequences of their own, told apart by ``Sampling.draw``. Alternatives take two rounds, as in CTranslate2
+Draws are sequences of their own, told apart by ``DecodingOptions.draw``. Alternatives take two rounds, as in CTranslate2
 (``return_alternatives``): a beam search of one free token finds the most probable ones that may come after the prefix, then each
 of these is forced, and what follows it is decoded with the options of the request.
 """
@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from serving.request import DecodingOptions, Hypothesis, Outcome, SequenceTimings
+from serving.request import Alternatives, DecodingOptions, Hypothesis, Outcome, SequenceTimings
 
 
 class Plan(ABC):
@@ -36,14 +36,6 @@ class Plan(ABC):
     @abstractmethod
     def outcome(self) -> Outcome:
         """What came of the text; timings are of all its sequences."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alternatives:
-    """Hypotheses are to differ in the token that comes after the prefix."""
-
-    # Tokens that are less probable than this are not gone on with; from 0, which takes any, to 1.
-    min_probability: float = 0.0
 
 
 def make_plan(options: DecodingOptions, alternatives: Alternatives | None = None) -> Plan:
@@ -84,11 +76,9 @@ class _Draws(Plan):
     """Each hypothesis is a draw of its own; the best scored is first."""
 
     def __init__(self, options: DecodingOptions) -> None:
-        assert options.sampling is not None
         self._options = options
         self._wanted = [
-            replace(options, num_hypotheses=1, return_scores=True, sampling=replace(options.sampling, draw=draw))
-            for draw in range(options.num_hypotheses)
+            replace(options, num_hypotheses=1, return_scores=True, draw=draw) for draw in range(options.num_hypotheses)
         ]
         self._outcomes: Sequence_[Outcome] = ()
 
@@ -129,7 +119,8 @@ class _Alternatives(Plan):
         options = self._options
         if self._expanded is None:
             (self._expanded,) = outcomes
-            likely = [hypothesis for hypothesis in self._expanded.hypotheses if _score(hypothesis) >= self._least]
+            first, *others = self._expanded.hypotheses
+            likely = [first, *(hypothesis for hypothesis in others if _score(hypothesis) >= self._least)]
             self._log_probs = [_score(hypothesis) for hypothesis in likely]
             hidden = options.target_prefix[: options.hidden_prefix_tokens]
             self._wanted = [_continuation(options, (*hidden, *hypothesis.target_ids), i) for i, hypothesis in enumerate(likely)]
@@ -179,7 +170,7 @@ def _continuation(options: DecodingOptions, prefix: tuple[int, ...], draw: int) 
         num_hypotheses=1,
         target_prefix=prefix,
         return_scores=True,
-        sampling=None if options.sampling is None else replace(options.sampling, draw=draw),
+        draw=draw,
     )
 
 

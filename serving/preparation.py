@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from serving.attended import AttendedSource, attended_target
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
+from serving.plan import Plan, make_plan
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, PrefixBias, Sequence, SequenceTimings
 from serving.request_options import (
     RequestOptions,
@@ -42,6 +43,8 @@ class TextHypothesis:
     # source's pieces had, [its pieces, the source's].
     target_pieces: tuple[str, ...] = ()
     attention: NDArray[np.float32] | None = field(default=None, compare=False)
+    # Where they were asked for: of its pieces, and of the end-of-sentence token where it was decoded.
+    token_scores: tuple[float, ...] = ()
 
     @property
     def alignment(self) -> tuple[tuple[int, int], ...]:
@@ -308,7 +311,23 @@ class TextPreparer:
             end_ids=tokens.end_ids,
             return_end_token=default(options.return_end_token, False),
             return_attention=options.needs_attention,
+            coverage_penalty=default(options.coverage_penalty, 0.0),
+            return_token_scores=default(options.return_token_scores, False),
         )
+
+    def plan(
+        self,
+        options: RequestOptions,
+        source_tokens: int,
+        *,
+        direction: Direction = UNTOLD,
+        place: int = 0,
+        tokens: TargetTokens = NO_TOKENS,
+        prefix: tuple[int, ...] = (),
+    ) -> Plan:
+        """The sequences that a text takes; arguments are those of ``decoding_options``."""
+        decoding = self.decoding_options(options, source_tokens, direction, place, tokens=tokens, prefix=prefix)
+        return make_plan(decoding, options.alternatives)
 
     def sequence(
         self,
@@ -365,13 +384,18 @@ class TextPreparer:
         )
 
     def _hypothesis(self, hypothesis: Hypothesis, attended: AttendedSource | None) -> TextHypothesis:
+        ids = list(hypothesis.target_ids)
         target = None if attended is None else attended_target(hypothesis, attended, self.tokenizer)
         told = target if attended is not None and attended.is_told else None
+        pieces: tuple[str, ...] = ()
+        if told is not None or hypothesis.token_scores is not None:
+            pieces = tuple(self.tokenizer.target_pieces(ids)) if target is None else target.pieces
         return TextHypothesis(
-            text=self.tokenizer.decode(list(hypothesis.target_ids)) if target is None else target.text,
+            text=self.tokenizer.decode(ids) if target is None else target.text,
             score=hypothesis.score,
             finish_reason=hypothesis.finish_reason,
             target_tokens=hypothesis.target_tokens,
-            target_pieces=() if told is None else told.pieces,
+            target_pieces=pieces,
             attention=None if told is None else told.attention,
+            token_scores=hypothesis.token_scores or (),
         )

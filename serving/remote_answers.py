@@ -27,6 +27,9 @@ class RemoteHypothesis:
     # attention that each of the source's pieces had.
     target_pieces: tuple[str, ...] = ()
     attention: tuple[tuple[float, ...], ...] = ()
+    # Where ``return_token_scores`` asked for them: of its tokens, those of ``target_pieces``, and of the end-of-sentence token
+    # where it was decoded.
+    token_scores: tuple[float, ...] = ()
 
     @property
     def alignment(self) -> tuple[tuple[int, int], ...]:
@@ -100,6 +103,7 @@ def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
                 target_tokens=hypothesis.target_tokens,
                 target_pieces=tuple(hypothesis.target_pieces),
                 attention=_rows(hypothesis.attention, len(text.source_pieces)),
+                token_scores=tuple(hypothesis.token_scores),
             )
             for hypothesis in text.hypotheses
         ),

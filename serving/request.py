@@ -32,8 +32,14 @@ class Sampling:
     temperature: float = 1.0
     # The same seed draws the same, whoever else is there.
     seed: int = 0
-    # Which of several draws of one source this is.
-    draw: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternatives:
+    """Hypotheses are to differ in the token that comes after the prefix; see ``serving.plan``."""
+
+    # Tokens that are less probable than this are not gone on with, but the first; from 0, which takes any, to 1.
+    min_probability: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,8 @@ class DecodingOptions:
     return_end_token: bool = False
     # Greedy only.
     sampling: Sampling | None = None
+    # Which of several draws of one source this is.
+    draw: int = 0
 
     @property
     def has_token_rules(self) -> bool:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from serving.errors import InvalidRequestError
-from serving.request import Sampling
+from serving.request import Alternatives, Sampling
 
 _T = TypeVar("_T")
 
 # Beyond this, length alone decides. It also keeps length^length_penalty far within what a float holds.
 _MAX_LENGTH_PENALTY = 10.0
+_MAX_COVERAGE_PENALTY = 10.0
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 10.0
 _MOST_REPETITION_PENALTY = 100.0
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 100.0
@@ -38,7 +39,7 @@ class RequestOptions:
 
     # Hypotheses kept alive at each step; default 1, greedy.
     beam_size: int | None = None
-    # Hypotheses returned for each text; default 1.
+    # Hypotheses returned for each text: those of one search, draws where it samples, or alternatives; default 1.
     num_hypotheses: int | None = None
     # score = log-probability / length^length_penalty; default 1.
     length_penalty: float | None = None
@@ -75,11 +76,22 @@ class RequestOptions:
     return_attention: bool | None = None
     # Whether an unknown token becomes the piece of the source that it attended to most; default False.
     replace_unknowns: bool | None = None
+    # Added to a score for source tokens that got less than 1 of the attention; default 0.
+    coverage_penalty: float | None = None
+    # Whether hypotheses carry their pieces and the score of each; default False.
+    return_token_scores: bool | None = None
+    # Hypotheses differ in the token after the prefix; default None.
+    alternatives: Alternatives | None = None
 
     @property
     def needs_attention(self) -> bool:
         """Whether the engine has to tell it."""
         return bool(self.return_attention or self.replace_unknowns)
+
+    @property
+    def takes_several_sequences(self) -> bool:
+        """Whether hypotheses of a text are decoded apart from each other."""
+        return self.alternatives is not None or (self.sampling is not None and default(self.num_hypotheses, 1) > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +129,15 @@ def check_options(options: RequestOptions, limits: TranslationLimits) -> None:
         InvalidRequestError: naming the option as the protocol spells it, for example ``options.beam_size``.
     """
     beam_size = _bounded("beam_size", default(options.beam_size, 1), 1, limits.max_beam_size)
-    _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
+    if options.takes_several_sequences:
+        _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, limits.max_beam_size)
+    else:
+        _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
+    if options.alternatives is not None:
+        if options.prefix_bias is not None:
+            raise InvalidRequestError("options.alternatives", "come after a prefix that is forced: leave out options.prefix_bias")
+        _bounded_number("alternatives.min_probability", options.alternatives.min_probability, 0.0, 1.0)
+    _bounded_number("coverage_penalty", default(options.coverage_penalty, 0.0), 0.0, _MAX_COVERAGE_PENALTY)
     penalty = default(options.length_penalty, 1.0)
     if not (math.isfinite(penalty) and abs(penalty) <= _MAX_LENGTH_PENALTY):
         reason = f"must be from {-_MAX_LENGTH_PENALTY:g} to {_MAX_LENGTH_PENALTY:g}, not {penalty:g}"
@@ -219,10 +239,22 @@ def check_attention(options: RequestOptions, sizes: Iterable[tuple[int, int]]) -
 
 
 def check_streamed(options: RequestOptions) -> None:
-    """Refuse what is known at the end of a translation only.
+    """Refuse what is known at the end of a translation only, or is several of them.
 
     Raises:
-        InvalidRequestError: naming ``options.replace_unknowns``.
+        InvalidRequestError: naming the option.
     """
+    check_one_sequence(options)
     if options.replace_unknowns:
         raise InvalidRequestError("options.replace_unknowns", "cannot be streamed: what was sent is never taken back")
+
+
+def check_one_sequence(options: RequestOptions) -> None:
+    """Refuse hypotheses that are decoded apart from each other.
+
+    Raises:
+        InvalidRequestError: naming the option.
+    """
+    if options.takes_several_sequences:
+        name = "options.num_hypotheses" if options.alternatives is None else "options.alternatives"
+        raise InvalidRequestError(name, "several translations of a text, drawn or as alternatives, are for Translate alone")

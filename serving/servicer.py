@@ -16,7 +16,7 @@ from serving.errors import ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.pb import translation_pb2_grpc as pb_grpc
 from serving.preparation import ModelDescription, TextHypothesis, Translation
-from serving.request import FinishReason, Sampling
+from serving.request import Alternatives, FinishReason, Sampling
 from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, StreamPiece, TranslateCommand, Translator
 
@@ -161,7 +161,14 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         return_end_token=value("return_end_token"),
         return_attention=value("return_attention"),
         replace_unknowns=value("replace_unknowns"),
+        coverage_penalty=value("coverage_penalty"),
+        return_token_scores=value("return_token_scores"),
+        alternatives=_alternatives(options.alternatives) if options.HasField("alternatives") else None,
     )
+
+
+def _alternatives(alternatives: pb.Alternatives) -> Alternatives:
+    return Alternatives(min_probability=alternatives.min_probability)
 
 
 def _sampling(sampling: pb.Sampling) -> Sampling:
@@ -197,6 +204,7 @@ def _hypothesis(hypothesis: TextHypothesis) -> pb.Hypothesis:
         target_tokens=hypothesis.target_tokens,
         target_pieces=hypothesis.target_pieces,
         attention=None if hypothesis.attention is None else hypothesis.attention.ravel().tolist(),
+        token_scores=hypothesis.token_scores,
     )
 
 

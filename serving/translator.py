@@ -16,7 +16,7 @@ from typing import Protocol
 from serving.errors import DeadlineExceededError
 from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
-from serving.request import Outcome, Sequence
+from serving.request import DecodingOptions, Outcome, Sequence
 from serving.request_options import RequestOptions, check_bias, check_prefixes, check_streamed
 from serving.tokenizers import StreamingDetokenizer
 
@@ -126,28 +126,30 @@ class Translator:
         preparer.check_attention(command.options, zip(map(len, sources), map(len, prefixes), strict=True))
         self._check_time(command.deadline_s)
 
-        answers = _Answers(self._loop, [index for index, source in enumerate(sources) if source])
-        sequences = {
-            index: preparer.sequence(
-                sources[index],
-                command.options,
-                direction=direction,
-                place=index,
-                tokens=tokens,
-                prefix=prefixes[index],
+        plans = {
+            index: preparer.plan(
+                command.options, len(source), direction=direction, place=index, tokens=tokens, prefix=prefixes[index]
+            )
+            for index, source in enumerate(sources)
+            if source
+        }
+        while asked := [(index, options) for index, plan in plans.items() for options in plan.wanted()]:
+            outcomes = await self._decode(
+                [(sources[index], options) for index, options in asked],
                 arrived_at_s=arrived_at_s,
                 expires_at_s=command.deadline_s,
-                on_outcome=partial(self._deliver, answers, index),
             )
-            for index in answers.awaited
-        }
-        await self._decode(sequences, answers)
+            of_texts: dict[int, list[Outcome]] = {}
+            for (index, _), outcome in zip(asked, outcomes, strict=True):
+                of_texts.setdefault(index, []).append(outcome)
+            for index, of_text in of_texts.items():
+                plans[index].take(of_text)
 
         translations = []
         for index, source in enumerate(sources):
             if source:
                 attended = preparer.attended(command.texts[index], command.options, direction)
-                translations.append(preparer.translation(len(source), answers.outcomes[index], attended))
+                translations.append(preparer.translation(len(source), plans[index].outcome(), attended))
             else:
                 translations.append(preparer.blank(command.options))
             await turn.over()
@@ -213,23 +215,36 @@ class Translator:
     def _deliver(self, answers: _Answers, index: int, outcome: Outcome) -> None:
         self._mailbox.post(partial(answers.add, index, outcome))
 
-    async def _decode(self, sequences: dict[int, Sequence], answers: _Answers) -> None:
-        if not sequences:
-            return
-        self._engine.submit(list(sequences.values()))
+    async def _decode(
+        self, asked: list[tuple[tuple[int, ...], DecodingOptions]], *, arrived_at_s: float, expires_at_s: float
+    ) -> list[Outcome]:
+        """What comes of sources, each with its options, in their order; raises the first error, and drops the others then."""
+        answers = _Answers(self._loop, len(asked))
+        sequences = [
+            Sequence(
+                source_ids=source_ids,
+                options=options,
+                arrived_at_s=arrived_at_s,
+                expires_at_s=expires_at_s,
+                on_outcome=partial(self._deliver, answers, index),
+            )
+            for index, (source_ids, options) in enumerate(asked)
+        ]
+        self._engine.submit(sequences)
         try:
             await answers.complete
         finally:
-            unfinished = [sequence for index, sequence in sequences.items() if index not in answers.outcomes]
+            unfinished = [sequence for index, sequence in enumerate(sequences) if index not in answers.outcomes]
             if unfinished:
                 self._engine.cancel(unfinished)
+        return [answers.outcomes[index] for index in range(len(asked))]
 
 
 class _Answers:
     """Outcomes of one request, gathered on the event loop: complete with the last one, or with the first error."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, awaited: list[int]) -> None:
-        self.awaited = awaited
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
+        self._count = count
         self.outcomes: dict[int, Outcome] = {}
         self.complete: asyncio.Future[None] = loop.create_future()
 
@@ -239,7 +254,7 @@ class _Answers:
             return
         if outcome.error is not None:
             self.complete.set_exception(outcome.error)
-        elif len(self.outcomes) == len(self.awaited):
+        elif len(self.outcomes) == self._count:
             self.complete.set_result(None)
 
 

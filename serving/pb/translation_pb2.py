@@ -24,45 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/pb/translation.proto\x12\x0bonnxlate.v1\"\xfe\x07\n\x0f\x44\x65\x63odingOptions\x12\x16\n\tbeam_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0enum_hypotheses\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11min_target_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11max_target_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x1a\n\rreturn_scores\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x07 \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08patience\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\n \x01(\x05H\t\x88\x01\x01\x12,\n\x08sampling\x18\x0b \x01(\x0b\x32\x15.onnxlate.v1.SamplingH\n\x88\x01\x01\x12\x18\n\x0bprefix_bias\x18\x0c \x01(\x01H\x0b\x88\x01\x01\x12\x18\n\x10suppressed_texts\x18\r \x03(\t\x12\x38\n\x14suppressed_sequences\x18\x0e \x03(\x0b\x32\x1a.onnxlate.v1.TokenSequence\x12\x1d\n\x10suppress_unknown\x18\x0f \x01(\x08H\x0c\x88\x01\x01\x12\x1d\n\x10min_target_ratio\x18\x10 \x01(\x01H\r\x88\x01\x01\x12\x1d\n\x10max_target_ratio\x18\x11 \x01(\x01H\x0e\x88\x01\x01\x12\x12\n\nend_tokens\x18\x12 \x03(\t\x12\x1d\n\x10return_end_token\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x12\x1d\n\x10return_attention\x18( \x01(\x08H\x10\x88\x01\x01\x12\x1d\n\x10replace_unknowns\x18) \x01(\x08H\x11\x88\x01\x01\x42\x0c\n\n_beam_sizeB\x11\n\x0f_num_hypothesesB\x11\n\x0f_length_penaltyB\x14\n\x12_min_target_tokensB\x14\n\x12_max_target_tokensB\x10\n\x0e_return_scoresB\x11\n\x0f_early_stoppingB\x0b\n\t_patienceB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_sizeB\x0b\n\t_samplingB\x0e\n\x0c_prefix_biasB\x13\n\x11_suppress_unknownB\x13\n\x11_min_target_ratioB\x13\n\x11_max_target_ratioB\x13\n\x11_return_end_tokenB\x13\n\x11_return_attentionB\x13\n\x11_replace_unknowns\"\x1f\n\rTokenSequence\x12\x0e\n\x06tokens\x18\x01 \x03(\t\"\x8c\x01\n\x08Sampling\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x0e\n\x0c_temperatureB\x07\n\x05_seed\"\x9b\x01\n\x10TranslateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\x0fsource_language\x18\x02 \x01(\t\x12\x17\n\x0ftarget_language\x18\x03 \x01(\t\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\x12\x17\n\x0ftarget_prefixes\x18\x05 \x03(\t\"t\n\x11TranslateResponse\x12\x31\n\x0ctranslations\x18\x01 \x03(\x0b\x32\x1b.onnxlate.v1.TranslatedText\x12,\n\x07timings\x18\x02 \x01(\x0b\x32\x1b.onnxlate.v1.RequestTimings\"\x96\x01\n\x0eTranslatedText\x12+\n\nhypotheses\x18\x01 \x03(\x0b\x32\x17.onnxlate.v1.Hypothesis\x12\x15\n\rsource_tokens\x18\x02 \x01(\x05\x12)\n\x07timings\x18\x03 \x01(\x0b\x32\x18.onnxlate.v1.TextTimings\x12\x15\n\rsource_pieces\x18\x14 \x03(\t\"\xab\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\x05score\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.onnxlate.v1.FinishReason\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x05\x12\x15\n\rtarget_pieces\x18\x14 \x03(\t\x12\x11\n\tattention\x18\x15 \x03(\x02\x42\x08\n\x06_score\"\x7f\n\x0bTextTimings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x05\x12\x1a\n\x12mean_rows_per_step\x18\x05 \x01(\x02\"n\n\x0eRequestTimings\x12\x15\n\rtotal_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\x9e\x01\n\x16TranslateStreamRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x17\n\x0fsource_language\x18\x02 \x01(\t\x12\x17\n\x0ftarget_language\x18\x03 \x01(\t\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\x12\x15\n\rtarget_prefix\x18\x05 \x01(\t\"_\n\x17TranslateStreamResponse\x12\x12\n\ntext_delta\x18\x01 \x01(\t\x12\x30\n\x0btranslation\x18\x02 \x01(\x0b\x32\x1b.onnxlate.v1.TranslatedText\"\x15\n\x13GetModelInfoRequest\".\n\x0cLanguagePair\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x86\x02\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12,\n\tlanguages\x18\x04 \x03(\x0b\x32\x19.onnxlate.v1.LanguagePair\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12#\n\x06limits\x18\x07 \x01(\x0b\x32\x13.onnxlate.v1.Limits\x12\x35\n\x0f\x64\x65\x66\x61ult_options\x18\x08 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\"\x91\x01\n\x06Limits\x12\x1d\n\x15max_texts_per_request\x18\x01 \x01(\x05\x12\x19\n\x11max_source_tokens\x18\x02 \x01(\x05\x12\x19\n\x11max_target_tokens\x18\x03 \x01(\x05\x12\x15\n\rmax_beam_size\x18\x04 \x01(\x05\x12\x1b\n\x13max_request_seconds\x18\x05 \x01(\x01*^\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8e\x02\n\x0bTranslation\x12J\n\tTranslate\x12\x1d.onnxlate.v1.TranslateRequest\x1a\x1e.onnxlate.v1.TranslateResponse\x12^\n\x0fTranslateStream\x12#.onnxlate.v1.TranslateStreamRequest\x1a$.onnxlate.v1.TranslateStreamResponse0\x01\x12S\n\x0cGetModelInfo\x12 .onnxlate.v1.GetModelInfoRequest\x1a!.onnxlate.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/pb/translation.proto\x12\x0bonnxlate.v1\"\xb3\t\n\x0f\x44\x65\x63odingOptions\x12\x16\n\tbeam_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0enum_hypotheses\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11min_target_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11max_target_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x1a\n\rreturn_scores\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x07 \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08patience\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\n \x01(\x05H\t\x88\x01\x01\x12,\n\x08sampling\x18\x0b \x01(\x0b\x32\x15.onnxlate.v1.SamplingH\n\x88\x01\x01\x12\x18\n\x0bprefix_bias\x18\x0c \x01(\x01H\x0b\x88\x01\x01\x12\x18\n\x10suppressed_texts\x18\r \x03(\t\x12\x38\n\x14suppressed_sequences\x18\x0e \x03(\x0b\x32\x1a.onnxlate.v1.TokenSequence\x12\x1d\n\x10suppress_unknown\x18\x0f \x01(\x08H\x0c\x88\x01\x01\x12\x1d\n\x10min_target_ratio\x18\x10 \x01(\x01H\r\x88\x01\x01\x12\x1d\n\x10max_target_ratio\x18\x11 \x01(\x01H\x0e\x88\x01\x01\x12\x12\n\nend_tokens\x18\x12 \x03(\t\x12\x1d\n\x10return_end_token\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x12\x1d\n\x10return_attention\x18( \x01(\x08H\x10\x88\x01\x01\x12\x1d\n\x10replace_unknowns\x18) \x01(\x08H\x11\x88\x01\x01\x12\x1d\n\x10\x63overage_penalty\x18* \x01(\x01H\x12\x88\x01\x01\x12 \n\x13return_token_scores\x18+ \x01(\x08H\x13\x88\x01\x01\x12\x34\n\x0c\x61lternatives\x18, \x01(\x0b\x32\x19.onnxlate.v1.AlternativesH\x14\x88\x01\x01\x42\x0c\n\n_beam_sizeB\x11\n\x0f_num_hypothesesB\x11\n\x0f_length_penaltyB\x14\n\x12_min_target_tokensB\x14\n\x12_max_target_tokensB\x10\n\x0e_return_scoresB\x11\n\x0f_early_stoppingB\x0b\n\t_patienceB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_sizeB\x0b\n\t_samplingB\x0e\n\x0c_prefix_biasB\x13\n\x11_suppress_unknownB\x13\n\x11_min_target_ratioB\x13\n\x11_max_target_ratioB\x13\n\x11_return_end_tokenB\x13\n\x11_return_attentionB\x13\n\x11_replace_unknownsB\x13\n\x11_coverage_penaltyB\x16\n\x14_return_token_scoresB\x0f\n\r_alternatives\"@\n\x0c\x41lternatives\x12\x1c\n\x0fmin_probability\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_min_probability\"\x1f\n\rTokenSequence\x12\x0e\n\x06tokens\x18\x01 \x03(\t\"\x8c\x01\n\x08Sampling\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x0e\n\x0c_temperatureB\x07\n\x05_seed\"\x9b\x01\n\x10TranslateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\x0fsource_language\x18\x02 \x01(\t\x12\x17\n\x0ftarget_language\x18\x03 \x01(\t\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\x12\x17\n\x0ftarget_prefixes\x18\x05 \x03(\t\"t\n\x11TranslateResponse\x12\x31\n\x0ctranslations\x18\x01 \x03(\x0b\x32\x1b.onnxlate.v1.TranslatedText\x12,\n\x07timings\x18\x02 \x01(\x0b\x32\x1b.onnxlate.v1.RequestTimings\"\x96\x01\n\x0eTranslatedText\x12+\n\nhypotheses\x18\x01 \x03(\x0b\x32\x17.onnxlate.v1.Hypothesis\x12\x15\n\rsource_tokens\x18\x02 \x01(\x05\x12)\n\x07timings\x18\x03 \x01(\x0b\x32\x18.onnxlate.v1.TextTimings\x12\x15\n\rsource_pieces\x18\x14 \x03(\t\"\xc1\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\x05score\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.onnxlate.v1.FinishReason\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x05\x12\x15\n\rtarget_pieces\x18\x14 \x03(\t\x12\x11\n\tattention\x18\x15 \x03(\x02\x12\x14\n\x0ctoken_scores\x18\x16 \x03(\x01\x42\x08\n\x06_score\"\x7f\n\x0bTextTimings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x05\x12\x1a\n\x12mean_rows_per_step\x18\x05 \x01(\x02\"n\n\x0eRequestTimings\x12\x15\n\rtotal_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\x9e\x01\n\x16TranslateStreamRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x17\n\x0fsource_language\x18\x02 \x01(\t\x12\x17\n\x0ftarget_language\x18\x03 \x01(\t\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\x12\x15\n\rtarget_prefix\x18\x05 \x01(\t\"_\n\x17TranslateStreamResponse\x12\x12\n\ntext_delta\x18\x01 \x01(\t\x12\x30\n\x0btranslation\x18\x02 \x01(\x0b\x32\x1b.onnxlate.v1.TranslatedText\"\x15\n\x13GetModelInfoRequest\".\n\x0cLanguagePair\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x86\x02\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12,\n\tlanguages\x18\x04 \x03(\x0b\x32\x19.onnxlate.v1.LanguagePair\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12#\n\x06limits\x18\x07 \x01(\x0b\x32\x13.onnxlate.v1.Limits\x12\x35\n\x0f\x64\x65\x66\x61ult_options\x18\x08 \x01(\x0b\x32\x1c.onnxlate.v1.DecodingOptions\"\x91\x01\n\x06Limits\x12\x1d\n\x15max_texts_per_request\x18\x01 \x01(\x05\x12\x19\n\x11max_source_tokens\x18\x02 \x01(\x05\x12\x19\n\x11max_target_tokens\x18\x03 \x01(\x05\x12\x15\n\rmax_beam_size\x18\x04 \x01(\x05\x12\x1b\n\x13max_request_seconds\x18\x05 \x01(\x01*^\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8e\x02\n\x0bTranslation\x12J\n\tTranslate\x12\x1d.onnxlate.v1.TranslateRequest\x1a\x1e.onnxlate.v1.TranslateResponse\x12^\n\x0fTranslateStream\x12#.onnxlate.v1.TranslateStreamRequest\x1a$.onnxlate.v1.TranslateStreamResponse0\x01\x12S\n\x0cGetModelInfo\x12 .onnxlate.v1.GetModelInfoRequest\x1a!.onnxlate.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.pb.translation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2832
-  _globals['_FINISHREASON']._serialized_end=2926
+  _globals['_FINISHREASON']._serialized_start=3101
+  _globals['_FINISHREASON']._serialized_end=3195
   _globals['_DECODINGOPTIONS']._serialized_start=46
-  _globals['_DECODINGOPTIONS']._serialized_end=1068
-  _globals['_TOKENSEQUENCE']._serialized_start=1070
-  _globals['_TOKENSEQUENCE']._serialized_end=1101
-  _globals['_SAMPLING']._serialized_start=1104
-  _globals['_SAMPLING']._serialized_end=1244
-  _globals['_TRANSLATEREQUEST']._serialized_start=1247
-  _globals['_TRANSLATEREQUEST']._serialized_end=1402
-  _globals['_TRANSLATERESPONSE']._serialized_start=1404
-  _globals['_TRANSLATERESPONSE']._serialized_end=1520
-  _globals['_TRANSLATEDTEXT']._serialized_start=1523
-  _globals['_TRANSLATEDTEXT']._serialized_end=1673
-  _globals['_HYPOTHESIS']._serialized_start=1676
-  _globals['_HYPOTHESIS']._serialized_end=1847
-  _globals['_TEXTTIMINGS']._serialized_start=1849
-  _globals['_TEXTTIMINGS']._serialized_end=1976
-  _globals['_REQUESTTIMINGS']._serialized_start=1978
-  _globals['_REQUESTTIMINGS']._serialized_end=2088
-  _globals['_TRANSLATESTREAMREQUEST']._serialized_start=2091
-  _globals['_TRANSLATESTREAMREQUEST']._serialized_end=2249
-  _globals['_TRANSLATESTREAMRESPONSE']._serialized_start=2251
-  _globals['_TRANSLATESTREAMRESPONSE']._serialized_end=2346
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2348
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2369
-  _globals['_LANGUAGEPAIR']._serialized_start=2371
-  _globals['_LANGUAGEPAIR']._serialized_end=2417
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2420
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2682
-  _globals['_LIMITS']._serialized_start=2685
-  _globals['_LIMITS']._serialized_end=2830
-  _globals['_TRANSLATION']._serialized_start=2929
-  _globals['_TRANSLATION']._serialized_end=3199
+  _globals['_DECODINGOPTIONS']._serialized_end=1249
+  _globals['_ALTERNATIVES']._serialized_start=1251
+  _globals['_ALTERNATIVES']._serialized_end=1315
+  _globals['_TOKENSEQUENCE']._serialized_start=1317
+  _globals['_TOKENSEQUENCE']._serialized_end=1348
+  _globals['_SAMPLING']._serialized_start=1351
+  _globals['_SAMPLING']._serialized_end=1491
+  _globals['_TRANSLATEREQUEST']._serialized_start=1494
+  _globals['_TRANSLATEREQUEST']._serialized_end=1649
+  _globals['_TRANSLATERESPONSE']._serialized_start=1651
+  _globals['_TRANSLATERESPONSE']._serialized_end=1767
+  _globals['_TRANSLATEDTEXT']._serialized_start=1770
+  _globals['_TRANSLATEDTEXT']._serialized_end=1920
+  _globals['_HYPOTHESIS']._serialized_start=1923
+  _globals['_HYPOTHESIS']._serialized_end=2116
+  _globals['_TEXTTIMINGS']._serialized_start=2118
+  _globals['_TEXTTIMINGS']._serialized_end=2245
+  _globals['_REQUESTTIMINGS']._serialized_start=2247
+  _globals['_REQUESTTIMINGS']._serialized_end=2357
+  _globals['_TRANSLATESTREAMREQUEST']._serialized_start=2360
+  _globals['_TRANSLATESTREAMREQUEST']._serialized_end=2518
+  _globals['_TRANSLATESTREAMRESPONSE']._serialized_start=2520
+  _globals['_TRANSLATESTREAMRESPONSE']._serialized_end=2615
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2617
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2638
+  _globals['_LANGUAGEPAIR']._serialized_start=2640
+  _globals['_LANGUAGEPAIR']._serialized_end=2686
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2689
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2951
+  _globals['_LIMITS']._serialized_start=2954
+  _globals['_LIMITS']._serialized_end=3099
+  _globals['_TRANSLATION']._serialized_start=3198
+  _globals['_TRANSLATION']._serialized_end=3468
 # @@protoc_insertion_point(module_scope)

@@ -17,7 +17,7 @@ FINISH_REASON_EOS: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class DecodingOptions(_message.Message):
-    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token", "return_attention", "replace_unknowns")
+    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token", "return_attention", "replace_unknowns", "coverage_penalty", "return_token_scores", "alternatives")
     BEAM_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,9 @@ class DecodingOptions(_message.Message):
     RETURN_END_TOKEN_FIELD_NUMBER: _ClassVar[int]
     RETURN_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     REPLACE_UNKNOWNS_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TOKEN_SCORES_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     beam_size: int
     num_hypotheses: int
     length_penalty: float
@@ -60,7 +63,16 @@ class DecodingOptions(_message.Message):
     return_end_token: bool
     return_attention: bool
     replace_unknowns: bool
-    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ..., return_attention: _Optional[bool] = ..., replace_unknowns: _Optional[bool] = ...) -> None: ...
+    coverage_penalty: float
+    return_token_scores: bool
+    alternatives: Alternatives
+    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ..., return_attention: _Optional[bool] = ..., replace_unknowns: _Optional[bool] = ..., coverage_penalty: _Optional[float] = ..., return_token_scores: _Optional[bool] = ..., alternatives: _Optional[_Union[Alternatives, _Mapping]] = ...) -> None: ...
+
+class Alternatives(_message.Message):
+    __slots__ = ("min_probability",)
+    MIN_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    min_probability: float
+    def __init__(self, min_probability: _Optional[float] = ...) -> None: ...
 
 class TokenSequence(_message.Message):
     __slots__ = ("tokens",)
@@ -115,20 +127,22 @@ class TranslatedText(_message.Message):
     def __init__(self, hypotheses: _Optional[_Iterable[_Union[Hypothesis, _Mapping]]] = ..., source_tokens: _Optional[int] = ..., timings: _Optional[_Union[TextTimings, _Mapping]] = ..., source_pieces: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hypothesis(_message.Message):
-    __slots__ = ("text", "score", "finish_reason", "target_tokens", "target_pieces", "attention")
+    __slots__ = ("text", "score", "finish_reason", "target_tokens", "target_pieces", "attention", "token_scores")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TARGET_PIECES_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_SCORES_FIELD_NUMBER: _ClassVar[int]
     text: str
     score: float
     finish_reason: FinishReason
     target_tokens: int
     target_pieces: _containers.RepeatedScalarFieldContainer[str]
     attention: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., target_tokens: _Optional[int] = ..., target_pieces: _Optional[_Iterable[str]] = ..., attention: _Optional[_Iterable[float]] = ...) -> None: ...
+    token_scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., target_tokens: _Optional[int] = ..., target_pieces: _Optional[_Iterable[str]] = ..., attention: _Optional[_Iterable[float]] = ..., token_scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TextTimings(_message.Message):
     __slots__ = ("queue_seconds", "encode_seconds", "decode_seconds", "steps", "mean_rows_per_step")

@@ -116,7 +116,7 @@ class TokenRules:
             scores = scores[: len(order)]
         weights = np.exp((scores - scores.max()) / sampling.temperature)
         borders = np.cumsum(weights)
-        draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position + (sampling.draw << 64))).random()
+        draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position + (self._options.draw << 64))).random()
         return int(order[min(int(np.searchsorted(borders, draw * borders[-1], side="right")), len(order) - 1)])
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving.plan import Alternatives, make_plan
-from serving.request import DecodingOptions
+from serving.plan import make_plan
+from serving.request import Alternatives, DecodingOptions
 from tests.peers.ctranslate2_peer import Peers
 from tests.peers.subject import Subject
 
