@@ -84,6 +84,9 @@ def shouted(sequence: Sequence) -> Outcome:
                 score=-0.5 - rank if sequence.options.return_scores else None,
                 finish_reason=FinishReason.LENGTH if is_cut else FinishReason.EOS,
                 target_tokens=longest if is_cut else len(ids) + 1,
+                token_scores=tuple(-0.25 * (i + 1) for i in range(longest if is_cut else len(ids) + 1))
+                if sequence.options.return_token_scores
+                else None,
                 attention=diagonal(len(ids[:longest]), len(sequence.source_ids)) if sequence.options.return_attention else None,
             )
         )

@@ -8,6 +8,7 @@ import pytest
 
 from serving.bulk import Window, read_lines, through_engine, through_server, with_prefixes
 from serving.errors import InvalidRequestError
+from serving.request import Alternatives
 from serving.request_options import RequestOptions
 from tests.fakes import PATIENCE_S, ScriptedEngine, fake_preparer, hold, shouted
 
@@ -82,6 +83,20 @@ def test_leaving_early_cancels_what_is_on_the_way(started: ScriptedEngine) -> No
     translations.close()  # type: ignore[attr-defined]  # a generator
     del translations
     started.wait_for(lambda: not started.running)
+
+
+def test_several_translations_of_a_line_are_refused(started: ScriptedEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^options\.alternatives: several translations"):
+        next(
+            through_engine(
+                ["a"],
+                preparer=fake_preparer(),
+                engine=started,
+                options=RequestOptions(alternatives=Alternatives()),
+                window=WINDOW,
+            )
+        )
+    assert started.submitted == []
 
 
 def test_read_lines_reads_no_further_than_it_is_asked() -> None:

@@ -21,7 +21,7 @@ from serving.errors import (
 )
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel
-from serving.request import Outcome, PrefixBias
+from serving.request import Alternatives, Outcome, PrefixBias
 from tests.fakes import PATIENCE_S, UNKNOWN_ID, ByteTokenizer, ScriptedEngine, fake_model, hold
 from tests.servers import LOCAL, Running, running_server
 
@@ -117,6 +117,7 @@ def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, 
         ["a", "b"],
         target_prefixes=["x", ""],
         prefix_bias=0.5,
+        coverage_penalty=0.25,
         suppressed_texts=["y"],
         suppressed_sequences=[("y", "z")],
         suppress_unknown=True,
@@ -128,6 +129,7 @@ def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, 
     first, second = (sequence.options for sequence in engine.submitted)
     assert first.prefix_bias == PrefixBias(tokens=tuple(encode("x")), strength=0.5)
     assert second.prefix_bias is None
+    assert first.coverage_penalty == 0.25
     assert first.suppressed == ((UNKNOWN_ID,), tuple(encode("y")), tuple(encode(" y")), tuple(encode("yz")))
     assert (first.max_target_tokens, first.end_ids, first.return_end_token) == (4, tuple(encode(".")), True)
     list(client.translate_stream("a", target_prefix="x"))
@@ -144,6 +146,16 @@ def test_one_string_is_no_list_of_strings(client: TranslationClient, engine: Scr
     with pytest.raises(InvalidRequestError, match=r"^options\.suppressed_sequences\[1\]: must be strings"):
         client.translate(["a"], suppressed_sequences=[["a"], "bad"])
     assert engine.submitted == []
+
+
+def test_alternatives_and_scores_of_tokens(client: TranslationClient, engine: ScriptedEngine) -> None:
+    asked = Alternatives(min_probability=0.0)
+    (translation,) = client.translate(["ab"], num_hypotheses=3, alternatives=asked, return_token_scores=True)
+    assert len(translation.hypotheses) == 3
+    assert translation.hypotheses[0].target_pieces == ("A", "B")
+    # That of the alternative is its own.
+    assert translation.hypotheses[0].token_scores == (-0.5, -0.5, -0.75)
+    assert len(engine.submitted) == 4
 
 
 def test_a_prefix_out_of_bounds_is_named(client: TranslationClient) -> None:

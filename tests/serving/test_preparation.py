@@ -11,7 +11,7 @@ import pytest
 from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
 from serving.preparation import UNTOLD, Direction, TextPreparer
-from serving.request import PrefixBias, Sampling
+from serving.request import Alternatives, PrefixBias, Sampling
 from serving.request_options import RequestOptions
 from serving.target_tokens import TargetTokens
 from tests.fakes import EOS_ID, ByteTokenizer, fake_limits, fake_preparer
@@ -229,6 +229,13 @@ def test_texts_of_one_request_draw_apart_and_the_same_again() -> None:
         ({"suppressed_sequences": (("a",), ())}, "suppressed_sequences[1]", "from 1 to 32 tokens, not 0"),
         ({"suppressed_sequences": (("a",) * 33,)}, "suppressed_sequences[0]", "from 1 to 32 tokens, not 33"),
         ({"end_tokens": ("a",) * 33}, "end_tokens", "at most 32, not 33"),
+        ({"coverage_penalty": -0.1}, "coverage_penalty", "from 0 to 10, not -0.1"),
+        ({"coverage_penalty": math.nan}, "coverage_penalty", "not nan"),
+        ({"alternatives": Alternatives(min_probability=1.5)}, "alternatives.min_probability", "from 0 to 1, not 1.5"),
+        ({"alternatives": Alternatives(), "prefix_bias": 0.5}, "alternatives", "leave out options.prefix_bias"),
+        ({"alternatives": Alternatives(), "num_hypotheses": 6}, "num_hypotheses", "from 1 to 5, not 6"),
+        ({"sampling": Sampling(), "num_hypotheses": 6}, "num_hypotheses", "from 1 to 5, not 6"),
+        ({"num_hypotheses": 2}, "num_hypotheses", "from 1 to 1 .beam_size., not 2"),
         ({"max_target_ratio": 0.0}, "max_target_ratio", "above 0 and at most 100, not 0"),
         ({"max_target_ratio": math.inf}, "max_target_ratio", "not inf"),
         ({"min_target_ratio": -1.0}, "min_target_ratio", "from 0 to 100, not -1"),

@@ -170,6 +170,27 @@ async def test_pieces_and_attention_are_sent_where_somebody_asked(servicer: Tran
     assert not plain.hypotheses[0].attention
 
 
+async def test_scores_of_tokens_are_sent_with_their_pieces_where_somebody_asked(servicer: TranslationServicer) -> None:
+    asked = pb.DecodingOptions(return_token_scores=True)
+    (translation,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"], options=asked))).translations
+    (hypothesis,) = translation.hypotheses
+    assert list(hypothesis.target_pieces) == ["A", "B"]
+    assert list(hypothesis.token_scores) == [-0.25, -0.5, -0.75]
+    assert not hypothesis.attention
+    (plain,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"]))).translations
+    assert not plain.hypotheses[0].token_scores
+
+
+async def test_alternatives_and_the_coverage_penalty_reach_the_engine(
+    servicer: TranslationServicer, engine: ScriptedEngine
+) -> None:
+    asked = pb.DecodingOptions(num_hypotheses=2, alternatives=pb.Alternatives(min_probability=0.0), coverage_penalty=0.5)
+    (translation,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"], options=asked))).translations
+    assert len(translation.hypotheses) == 2
+    assert [sequence.options.coverage_penalty for sequence in engine.submitted] == [0.5] * 3
+    assert [sequence.options.beam_size for sequence in engine.submitted] == [2, 1, 1]
+
+
 def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
     ours = set(RequestOptions.__dataclass_fields__)
     assert ours == {field.name for field in pb.DecodingOptions.DESCRIPTOR.fields}

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from serving.errors import (
     ShuttingDownError,
 )
 from serving.preparation import TextPreparer, Translation
-from serving.request import DecodingOptions, FinishReason, Outcome
+from serving.request import Alternatives, DecodingOptions, FinishReason, Outcome, Sampling, Sequence
 from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, TranslateCommand, Translator
 from tests.fakes import (
@@ -104,6 +105,52 @@ async def test_options_reach_the_engine(translator: Translator, engine: Scripted
         beam_size=4, num_hypotheses=2, length_penalty=-0.5, min_target_tokens=3, max_target_tokens=9, return_scores=False
     )
     assert (sequence.source_ids[-1], sequence.expires_at_s) == (1, FAR_S)
+
+
+async def test_draws_are_sequences_of_their_own(translator: Translator, engine: ScriptedEngine) -> None:
+    drawn = iter((-3.0, -1.0, -2.0))
+
+    def script(sequence: Sequence) -> Outcome:
+        (hypothesis,) = shouted(sequence).hypotheses
+        score = next(drawn)
+        ids = ByteTokenizer().encode(f"{sequence.options.draw}")
+        return Outcome(hypotheses=(replace(hypothesis, target_ids=tuple(ids), score=score),))
+
+    engine.script = script
+    (translation,) = await translator.translate(command("a", num_hypotheses=3, sampling=Sampling(seed=5), return_scores=True))
+    assert [(hypothesis.text, hypothesis.score) for hypothesis in translation.hypotheses] == [
+        ("1", -1.0),
+        ("2", -2.0),
+        ("0", -3.0),
+    ]
+    assert [sequence.options.draw for sequence in engine.submitted] == [0, 1, 2]
+
+
+async def test_alternatives_are_decoded_once_their_tokens_are_known(translator: Translator, engine: ScriptedEngine) -> None:
+    asked = command("ab", " ", "cd", num_hypotheses=2, beam_size=3, alternatives=Alternatives())
+    first, blank, second = await translator.translate(replace(asked, target_prefixes=["A", "", ""]))
+    encode = ByteTokenizer().encode
+    expansions, continuations = engine.submitted[:2], engine.submitted[2:]
+    assert [(one.options.beam_size, one.options.max_target_tokens) for one in expansions] == [(2, 2), (2, 1)]
+    assert [one.options.target_prefix for one in expansions] == [tuple(encode("A")), ()]
+    # What the scripted engine says comes after the prefix, cut to one token: "AB" and "AB!", "C" and "C!".
+    assert [one.options.target_prefix for one in continuations] == [tuple(encode(text)) for text in ("AB", "AB", "C", "C")]
+    assert {one.options.beam_size for one in continuations} == {3}
+    assert [len(translation.hypotheses) for translation in (first, blank, second)] == [2, 1, 2]
+
+
+async def test_an_error_of_an_alternative_ends_the_request(translator: Translator, engine: ScriptedEngine) -> None:
+    def script(sequence: Sequence) -> Outcome | None:
+        if not sequence.options.target_prefix:
+            return shouted(sequence)
+        if len(engine.submitted) > 3:
+            return None
+        return None if sequence is engine.submitted[1] else Outcome(error=EngineError("a graph failed"))
+
+    engine.script = script
+    with pytest.raises(EngineError, match="a graph failed"):
+        await translator.translate(command("ab", num_hypotheses=2, alternatives=Alternatives()))
+    assert engine.submitted[1].cancelled
 
 
 @pytest.mark.parametrize(
@@ -410,10 +457,12 @@ async def test_a_blank_text_streams_one_empty_piece(translator: Translator, engi
         (stream_command("a" * 40), "text", "has 41 tokens"),
         (stream_command("a", "x\0"), "target_prefix", "does not have"),
         (stream_command("a", prefix_bias=0.5), "options.prefix_bias", "with a target prefix only"),
+        (stream_command("a", alternatives=Alternatives()), "options.alternatives", "for Translate alone"),
+        (stream_command("a", sampling=Sampling(), num_hypotheses=2), "options.num_hypotheses", "for Translate alone"),
         (stream_command("a", end_tokens=("xy",)), "options.end_tokens", "'xy' is no token"),
         (StreamCommand(text="a", source_language="xx", deadline_s=FAR_S), "source_language", "'xx'"),
     ],
-    ids=["beam out of bounds", "option", "too long", "prefix", "bias", "end", "language"],
+    ids=["beam out of bounds", "option", "too long", "prefix", "bias", "alternatives", "draws", "end", "language"],
 )
 async def test_a_stream_out_of_bounds_is_refused_by_its_name(
     translator: Translator, engine: ScriptedEngine, asked: StreamCommand, field: str, reason: str
