@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from export.writer import Owned, check_destination, working_directory, write_bundle
-from serving.bundle import Bundle, ManifestDraft, read_bundle
+from serving.bundle import Bundle, DefaultOptions, ManifestDraft, read_bundle
 from serving.errors import ExportError
 from tests.serving.test_bundle import manifest_fields
 
@@ -39,6 +39,12 @@ def test_what_is_written_can_be_read(place: Path) -> None:
     assert read_bundle(place) == bundle == Bundle(place, bundle.manifest)
     assert {path.name: path.read_bytes() for path in place.iterdir() if path.name != "manifest.json"} == FILES
     assert os.listdir(place.parent) == ["tiny"]
+
+
+def test_a_bundle_has_the_version_that_it_is_read_with(place: Path) -> None:
+    """Of records too whose fields were left to their defaults."""
+    bundle = write_bundle(place, FILES, draft().model_copy(update={"defaults": DefaultOptions()}))
+    assert read_bundle(place).manifest.version() == bundle.manifest.version()
 
 
 def test_files_are_copied_and_parents_made(tmp_path: Path) -> None:
