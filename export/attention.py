@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
 
         Args:
             wanted: bool scalar; where it is false this costs nothing, and says nothing.
-            query: [B, W, d_model].
+            query: [B, W, h * head_dim].
             key: [B, h, S, head_dim].
             step: the sources' lengths.
             mean_of: so many heads, the first ones.
