@@ -99,7 +99,10 @@ def marian_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _check(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     needed = {
+        "d_head": None,
         "norm": "post",
+        "norm_kind": "layer",
+        "gated": False,
         "positions": "sinusoidal",
         "bias": True,
         "output_bias": False,

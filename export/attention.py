@@ -174,14 +174,15 @@ class CachedSelfAttention(nn.Module):
 
     def _operator(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, ...]:
         scales = self.scales
-        unused: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
-        unused[BIAS_INPUT] = step.bias
-        if scales is None:
-            del unused[BIAS_INPUT + 1 if step.bias is not None else 0 :]
+        optional: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
+        optional[BIAS_INPUT] = step.bias
+        optional += _scale_inputs(scales)
+        while optional and optional[-1] is None:
+            optional.pop()
         return tuple(
             torch.onnx.ops.symbolic_multi_out(
                 f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
-                (rows, None, None, key_cache, value_cache, step.positions, step.longest, *unused, *_scale_inputs(scales)),
+                (rows, None, None, key_cache, value_cache, step.positions, step.longest, *optional),
                 {"num_heads": self.num_heads, "kv_num_heads": self.num_heads, **quantized_cache_attributes(scales is not None)},
                 dtypes=(rows.dtype, key_cache.dtype, value_cache.dtype),
                 shapes=((rows.shape[0], 1, rows.shape[2] // 3), key_cache.shape, value_cache.shape),
