@@ -72,7 +72,7 @@ class DecodingOptions(TypedDict, total=False):
 
     # Hypotheses kept alive at each step; 1 decodes greedily.
     beam_size: int | None
-    # Hypotheses returned for each text, best first; at most beam_size.
+    # Hypotheses returned for each text, best first: of one search, at most beam_size; or draws, or alternatives.
     num_hypotheses: int | None
     # score = log-probability / length^length_penalty.
     length_penalty: float | None
@@ -241,7 +241,7 @@ class TranslationClient:
             source_language: as for ``translate``.
             target_language: likewise.
             timeout_s: instead of the client's; of the whole stream.
-            options: how to decode, but for beams.
+            options: how to decode.
 
         Raises:
             OnnxlateError: as ``translate``.

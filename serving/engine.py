@@ -77,8 +77,12 @@ class Engine:
         with self._changed:
             self._scheduler.check_room(num_sequences)
 
-    def submit(self, sequences: AbstractSequence[Sequence]) -> None:
+    def submit(self, sequences: AbstractSequence[Sequence], *, continued: bool = False) -> None:
         """Queue all of a request's sequences, or none; returns at once.
+
+        Args:
+            sequences: of one request.
+            continued: they go on with one that was admitted, and are not refused until the engine is closed.
 
         Raises:
             ShuttingDownError: draining or closed.
@@ -86,7 +90,9 @@ class Engine:
             InvalidRequestError: a beam is wider than a worker's rows.
         """
         with self._changed:
-            self._scheduler.submit(sequences)
+            if self._stopping:
+                raise ShuttingDownError("the server is shutting down")
+            self._scheduler.submit(sequences, continued=continued)
             self._observer.queued(self._scheduler.num_waiting)
             self._changed.notify_all()
 

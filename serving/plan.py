@@ -128,7 +128,7 @@ class _Alternatives(Plan):
             self._hypotheses = tuple(
                 self._whole(outcome.hypotheses[0], log_prob) for outcome, log_prob in zip(outcomes, self._log_probs, strict=True)
             )
-            self._timings, self._wanted = _together([self._expanded, *outcomes]), []
+            self._timings, self._wanted = _in_turn(self._expanded.timings, _together(outcomes)), []
 
     def _whole(self, hypothesis: Hypothesis, log_prob: float) -> Hypothesis:
         """A continuation's hypothesis with the token that it was forced to go on with."""
@@ -152,10 +152,12 @@ def _expansion(options: DecodingOptions) -> DecodingOptions:
         options,
         beam_size=options.num_hypotheses,
         length_penalty=0.0,
+        coverage_penalty=0.0,
         min_target_tokens=max(options.min_target_tokens, length),
         max_target_tokens=length,
         return_scores=True,
         return_token_scores=False,
+        return_attention=False,
         early_stopping=False,
         # It is no hypothesis, and not cut.
         ends_when_cut=False,
@@ -170,6 +172,8 @@ def _continuation(options: DecodingOptions, prefix: tuple[int, ...], draw: int) 
         num_hypotheses=1,
         target_prefix=prefix,
         return_scores=True,
+        # An alternative in the last place stays what it is.
+        ends_when_cut=options.ends_when_cut and len(prefix) < options.max_target_tokens,
         draw=draw,
     )
 
@@ -184,8 +188,21 @@ def _told(hypothesis: Hypothesis, options: DecodingOptions) -> Hypothesis:
     return hypothesis if options.return_scores else replace(hypothesis, score=None)
 
 
+def _in_turn(first: SequenceTimings, then: SequenceTimings) -> SequenceTimings:
+    """Of two rounds, one after the other."""
+    steps = first.steps + then.steps
+    rows = first.mean_rows_per_step * first.steps + then.mean_rows_per_step * then.steps
+    return SequenceTimings(
+        queue_s=first.queue_s + then.queue_s,
+        encode_s=first.encode_s + then.encode_s,
+        decode_s=first.decode_s + then.decode_s,
+        steps=steps,
+        mean_rows_per_step=rows / max(1, steps),
+    )
+
+
 def _together(outcomes: Sequence_[Outcome]) -> SequenceTimings:
-    """Of sequences in parallel or one after the other: how long each part took in all, and all steps."""
+    """Of the sequences of one round: what took longest, and all steps."""
     timings = [outcome.timings for outcome in outcomes]
     steps = sum(of_one.steps for of_one in timings)
     return SequenceTimings(

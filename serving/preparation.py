@@ -173,16 +173,20 @@ class TextPreparer:
             min_target_tokens=default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
         )
 
-    def check_count(self, num_texts: int) -> None:
-        """Refuse a request without texts, or with too many.
+    def check_count(self, num_texts: int, options: RequestOptions) -> None:
+        """Refuse a request without texts, or with too many, those that are decoded several times counted as often.
 
         Raises:
-            InvalidRequestError: naming ``texts``.
+            InvalidRequestError: naming ``texts`` or ``options.num_hypotheses``.
         """
         if num_texts == 0:
             raise InvalidRequestError("texts", "must not be empty")
         if num_texts > self.limits.max_texts_per_request:
             raise InvalidRequestError("texts", f"at most {self.limits.max_texts_per_request} in a request, not {num_texts}")
+        wanted = num_texts * options.sequences_per_text
+        if wanted > self.limits.max_texts_per_request:
+            reason = f"makes {wanted} of {num_texts} texts, drawn or as alternatives; at most {self.limits.max_texts_per_request}"
+            raise InvalidRequestError("options.num_hypotheses", reason)
 
     def source_ids(self, text: str, field_name: str, direction: Direction = UNTOLD) -> tuple[int, ...]:
         """Tokens of one text, with what sources start and end with; empty for a blank text.
@@ -242,9 +246,9 @@ class TextPreparer:
         """Refuse an answer that could become too large; lengths are tokens of the sources and of their target prefixes.
 
         Raises:
-            InvalidRequestError: naming ``options.return_attention``.
+            InvalidRequestError: naming the option that asks for attention.
         """
-        if options.return_attention:
+        if options.needs_attention or options.coverage_penalty:
             check_attention(options, ((source, self._lengths(options, source, prefix)[1]) for source, prefix in lengths))
 
     def _lengths(self, options: RequestOptions, source_tokens: int, prefix_tokens: int) -> tuple[int, int]:

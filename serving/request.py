@@ -57,7 +57,7 @@ class DecodingOptions:
 
     # Hypotheses kept alive at each step; 1 decodes greedily.
     beam_size: int = 1
-    # Hypotheses returned, best first; at most beam_size.
+    # Hypotheses returned, best first; at most beam_size of one sequence (see ``serving.plan`` for more).
     num_hypotheses: int = 1
     # score = log-probability / length^length_penalty, length counting the end-of-sentence token.
     length_penalty: float = 1.0
@@ -118,7 +118,8 @@ class DecodingOptions:
     @property
     def needs_attention(self) -> bool:
         """Whether it is looked at what each token attends to."""
-        return self.return_attention or self.coverage_penalty != 0.0
+        # A greedy search has nothing to choose by its score.
+        return self.return_attention or (self.coverage_penalty != 0.0 and (self.beam_size > 1 or self.return_scores))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

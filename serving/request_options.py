@@ -29,8 +29,10 @@ MOST_SUPPRESSED_TOKENS = 32
 # Of all texts together; they are cut into tokens at once.
 _MOST_SUPPRESSED_CHARACTERS = 4096
 _MOST_END_TOKENS = 32
-# Shares of attention in an answer, as many as there could be: 16 MiB. They are written while all others wait.
-_MOST_ATTENTION = 2**22
+# Shares of attention as many as there could be: in an answer, which is written while all others wait and is to be below the 4 MiB
+# that gRPC's clients take by default, and of the hypotheses of one text, which a worker keeps while they run.
+_MOST_ANSWERED = 2**19
+_MOST_FOLLOWED = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +91,9 @@ class RequestOptions:
         return bool(self.return_attention or self.replace_unknowns)
 
     @property
-    def takes_several_sequences(self) -> bool:
-        """Whether hypotheses of a text are decoded apart from each other."""
-        return self.alternatives is not None or (self.sampling is not None and default(self.num_hypotheses, 1) > 1)
+    def sequences_per_text(self) -> int:
+        """Hypotheses of a text that are decoded apart from each other; see ``serving.plan``."""
+        return default(self.num_hypotheses, 1) if self.alternatives is not None or self.sampling is not None else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +131,7 @@ def check_options(options: RequestOptions, limits: TranslationLimits) -> None:
         InvalidRequestError: naming the option as the protocol spells it, for example ``options.beam_size``.
     """
     beam_size = _bounded("beam_size", default(options.beam_size, 1), 1, limits.max_beam_size)
-    if options.takes_several_sequences:
+    if options.alternatives is not None or options.sampling is not None:
         _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, limits.max_beam_size)
     else:
         _bounded("num_hypotheses", default(options.num_hypotheses, 1), 1, beam_size, " (beam_size)")
@@ -221,21 +223,33 @@ def check_bias(options: RequestOptions, *, is_prefixed: bool) -> None:
 
 
 def check_attention(options: RequestOptions, sizes: Iterable[tuple[int, int]]) -> None:
-    """Refuse an answer that could become too large.
+    """Refuse attention that could become too large, for an answer or for a worker.
 
     Args:
         options: of the request.
         sizes: source tokens and most target tokens of each of its texts.
 
     Raises:
-        InvalidRequestError: naming ``options.return_attention``.
+        InvalidRequestError: naming the option that asks for it.
     """
-    if not options.return_attention:
+    asked = {
+        "return_attention": options.return_attention,
+        "replace_unknowns": options.replace_unknowns,
+        "coverage_penalty": options.coverage_penalty,
+    }
+    name = next((name for name, value in asked.items() if value), None)
+    if name is None:
         return
-    most = default(options.num_hypotheses, 1) * sum(source * target for source, target in sizes)
-    if most > _MOST_ATTENTION:
-        reason = f"could make {most} numbers of this request, at most {_MOST_ATTENTION} can be answered at once; send fewer texts"
-        raise InvalidRequestError("options.return_attention", f"{reason}, or set options.max_target_tokens")
+    shares = [source * target for source, target in sizes]
+    num_hypotheses = default(options.num_hypotheses, 1)
+    followed = max(default(options.beam_size, 1), num_hypotheses) * max(shares, default=0)
+    if followed > _MOST_FOLLOWED:
+        reason = f"could make {followed} numbers of a text, at most {_MOST_FOLLOWED} can be followed; use fewer beams"
+        raise InvalidRequestError(f"options.{name}", f"{reason}, or set options.max_target_tokens")
+    answered = num_hypotheses * sum(shares)
+    if options.return_attention and answered > _MOST_ANSWERED:
+        reason = f"could make {answered} numbers of this request, at most {_MOST_ANSWERED} can be answered at once"
+        raise InvalidRequestError("options.return_attention", f"{reason}; send fewer texts, or set options.max_target_tokens")
 
 
 def check_streamed(options: RequestOptions) -> None:
@@ -255,6 +269,6 @@ def check_one_sequence(options: RequestOptions) -> None:
     Raises:
         InvalidRequestError: naming the option.
     """
-    if options.takes_several_sequences:
+    if options.alternatives is not None or options.sequences_per_text > 1:
         name = "options.num_hypotheses" if options.alternatives is None else "options.alternatives"
         raise InvalidRequestError(name, "several translations of a text, drawn or as alternatives, are for Translate alone")

@@ -83,15 +83,20 @@ class Scheduler:
         if self.num_waiting + num_sequences > self._config.max_waiting_sequences:
             raise OverloadedError("queue_full", self._retry_after_s())
 
-    def submit(self, sequences: AbstractSequence[Sequence]) -> None:
+    def submit(self, sequences: AbstractSequence[Sequence], *, continued: bool = False) -> None:
         """Queue all of a request's sequences, or none.
+
+        Args:
+            sequences: of one request.
+            continued: they go on with one that was admitted, and are taken while it drains and where the queue is full.
 
         Raises:
             ShuttingDownError: draining.
             InvalidRequestError: a beam is wider than a worker.
             OverloadedError: they do not fit into the queue; says when to try again.
         """
-        self.check_room(len(sequences))
+        if not continued:
+            self.check_room(len(sequences))
         widest = max((s.num_rows for s in sequences), default=0)
         if widest > self._config.max_rows_per_worker:
             raise InvalidRequestError(
@@ -99,7 +104,7 @@ class Scheduler:
             )
         tokens = sum(len(s.source_ids) for s in sequences)
         # A request alone in the queue is always taken: it is within the limits of one request.
-        if self._waiting_tokens and self._waiting_tokens + tokens > self._config.max_waiting_tokens:
+        if not continued and self._waiting_tokens and self._waiting_tokens + tokens > self._config.max_waiting_tokens:
             raise OverloadedError("queue_tokens", self._retry_after_s())
         self._waiting.extend(sequences)
         self._waiting_tokens += tokens

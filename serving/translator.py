@@ -30,8 +30,8 @@ class DecodingEngine(Protocol):
     def check_room(self, num_sequences: int) -> None:
         """Whether so many would be admitted now; raises as ``submit``, which has the last word."""
 
-    def submit(self, sequences: Sequence_[Sequence]) -> None:
-        """Admit all of them or none; raises OverloadedError or ShuttingDownError."""
+    def submit(self, sequences: Sequence_[Sequence], *, continued: bool = False) -> None:
+        """Admit all of them or none; raises OverloadedError or ShuttingDownError. What goes on with a request is admitted."""
 
     def cancel(self, sequences: Sequence_[Sequence]) -> None:
         """Nobody waits for these any more."""
@@ -109,12 +109,12 @@ class Translator:
         preparer = self.preparer
         direction = preparer.direction(command.source_language, command.target_language)
         preparer.check_options(command.options)
-        preparer.check_count(len(command.texts))
+        preparer.check_count(len(command.texts), command.options)
         check_prefixes(command.target_prefixes, len(command.texts), command.options)
         # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
         wanted = sum(1 for text in command.texts if text and not text.isspace())
         if wanted:
-            self._engine.check_room(wanted)
+            self._engine.check_room(wanted * command.options.sequences_per_text)
         turn = _Turn(self._clock)
         tokens = preparer.target_tokens(command.options)
         sources, prefixes = [], []
@@ -133,12 +133,15 @@ class Translator:
             for index, source in enumerate(sources)
             if source
         }
+        is_continued = False
         while asked := [(index, options) for index, plan in plans.items() for options in plan.wanted()]:
             outcomes = await self._decode(
                 [(sources[index], options) for index, options in asked],
-                arrived_at_s=arrived_at_s,
+                arrived_at_s=self._clock() if is_continued else arrived_at_s,
                 expires_at_s=command.deadline_s,
+                continued=is_continued,
             )
+            is_continued = True
             of_texts: dict[int, list[Outcome]] = {}
             for (index, _), outcome in zip(asked, outcomes, strict=True):
                 of_texts.setdefault(index, []).append(outcome)
@@ -196,7 +199,7 @@ class Translator:
         try:
             while tokens.outcome is None:
                 await tokens.news.wait()
-                delta = "".join(detokenizer.push(token) for token in tokens.take())
+                delta = detokenizer.push(tokens.take())
                 if delta:
                     yield StreamPiece(text_delta=delta)
         finally:
@@ -204,7 +207,7 @@ class Translator:
                 self._engine.cancel([sequence])
         if tokens.outcome.error is not None:
             raise tokens.outcome.error
-        rest = "".join(detokenizer.push(token) for token in tokens.take()) + detokenizer.finish()
+        rest = detokenizer.push(tokens.take()) + detokenizer.finish()
         attended = preparer.attended(command.text, command.options, direction)
         yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome, attended))
 
@@ -216,7 +219,12 @@ class Translator:
         self._mailbox.post(partial(answers.add, index, outcome))
 
     async def _decode(
-        self, asked: list[tuple[tuple[int, ...], DecodingOptions]], *, arrived_at_s: float, expires_at_s: float
+        self,
+        asked: list[tuple[tuple[int, ...], DecodingOptions]],
+        *,
+        arrived_at_s: float,
+        expires_at_s: float,
+        continued: bool,
     ) -> list[Outcome]:
         """What comes of sources, each with its options, in their order; raises the first error, and drops the others then."""
         answers = _Answers(self._loop, len(asked))
@@ -230,7 +238,7 @@ class Translator:
             )
             for index, (source_ids, options) in enumerate(asked)
         ]
-        self._engine.submit(sequences)
+        self._engine.submit(sequences, continued=continued)
         try:
             await answers.complete
         finally:

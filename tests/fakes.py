@@ -135,8 +135,9 @@ class ScriptedEngine:
             if self.draining:
                 raise ShuttingDownError("the server is shutting down")
 
-    def submit(self, sequences: Sequence_[Sequence]) -> None:
-        self.check_room(len(sequences))
+    def submit(self, sequences: Sequence_[Sequence], *, continued: bool = False) -> None:
+        if not continued:
+            self.check_room(len(sequences))
         with self._changed:
             self.submitted.extend(sequences)
             self.running.extend(sequences)

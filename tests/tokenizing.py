@@ -44,7 +44,7 @@ ANY_TEXT = st.lists(
 def stream(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """What is told after each token, and at the end."""
     detokenizer = StreamingDetokenizer(tokenizer)
-    return [*(detokenizer.push(i) for i in ids), detokenizer.finish()]
+    return [*(detokenizer.push([i]) for i in ids), detokenizer.finish()]
 
 
 @functools.cache

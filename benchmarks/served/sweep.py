@@ -52,7 +52,7 @@ QUICK = Effort(
     open=Times(warmup_s=0.4, duration_s=2.5, drain_s=2.0),
     trial=None,
     rungs=3,
-    refinements=0,
+    refinements=2,
     streamed_clients=(1,),
 )
 FULL = Effort(

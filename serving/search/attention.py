@@ -47,12 +47,24 @@ class AttentionHistory:
                 self._weights[slot] = weights = np.concatenate((weights, np.zeros_like(weights)), axis=1)
             weights[:, position] = attention[slot, :, : weights.shape[2]]
 
-    def fork(self, slots: NDArray[np.intp], from_beams: NDArray[np.intp], to_beams: NDArray[np.intp]) -> None:
-        """Hypotheses go on in a second row, which is dead: arrays [forks]."""
-        for slot, from_beam, to_beam in zip(slots.tolist(), from_beams.tolist(), to_beams.tolist(), strict=True):
+    def fork(
+        self,
+        slots: NDArray[np.intp],
+        from_beams: NDArray[np.intp],
+        to_beams: NDArray[np.intp],
+        starts: NDArray[np.int32],
+        stops: NDArray[np.int32],
+    ) -> None:
+        """Hypotheses go on in a second row, which is dead: arrays [forks], as in `Fork`.
+
+        What leads to a token follows from the positions before it, so that rows that agree on ``starts`` of them do on the
+        attention of as many tokens.
+        """
+        columns = (column.tolist() for column in (slots, from_beams, to_beams, starts, stops))
+        for slot, from_beam, to_beam, start, stop in zip(*columns, strict=True):
             weights = self._weights[slot]
             if weights is not None:
-                weights[to_beam] = weights[from_beam]
+                weights[to_beam, start:stop] = weights[from_beam, start:stop]
 
     def coverage(self, slot: int, beam: int, stop: int) -> float:
         """What the first ``stop`` tokens of a row lack in attention to their source: at most 0.

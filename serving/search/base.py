@@ -88,6 +88,7 @@ class LaneSearch(ABC):
         self._max_tokens: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         # [slots], see DecodingOptions.
         self._ends_when_cut: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
+        self._num_ending_when_cut = 0
 
     @abstractmethod
     def needs_log_probs(self, num_slots: int) -> bool:
@@ -102,6 +103,7 @@ class LaneSearch(ABC):
         self._min_tokens[slot] = options.min_target_tokens
         self._max_tokens[slot] = options.max_target_tokens
         self._ends_when_cut[slot] = options.ends_when_cut
+        self._num_ending_when_cut += options.ends_when_cut
         self._rules[slot] = TokenRules(options, self._eos_id, self._decoder_start_id) if options.has_token_rules else None
         self._num_ruled += _is_ruled(options)
         self._num_token_scored += options.return_token_scores
@@ -142,7 +144,8 @@ class LaneSearch(ABC):
             self._attention.record(attention, self.num_tokens[:num_slots, 0])
         if self._num_ruled:
             self._apply_rules(num_slots, candidate_ids, candidate_log_probs, logits)
-        self._end_what_is_cut(num_slots, candidate_ids, candidate_log_probs)
+        if self._num_ending_when_cut:
+            self._end_what_is_cut(num_slots, candidate_ids, candidate_log_probs)
         return self._advance(num_slots, candidate_ids, candidate_log_probs)
 
     @abstractmethod
@@ -213,6 +216,7 @@ class LaneSearch(ABC):
         self._num_ruled -= _is_ruled(self._options[slot])
         self._rules[slot] = None
         self._num_token_scored -= self._options[slot].return_token_scores
+        self._num_ending_when_cut -= self._options[slot].ends_when_cut
         self._attention.leave(slot)
 
     def move(self, from_slot: int, to_slot: int) -> None:
@@ -237,7 +241,7 @@ class LaneSearch(ABC):
         """What a hypothesis of ``length`` tokens is worth, whose log-probability is ``total``; all it read is in ``row``."""
         options = self._options[slot]
         score = total / math.pow(length, options.length_penalty)
-        if options.coverage_penalty:
+        if options.coverage_penalty and options.needs_attention:
             score += options.coverage_penalty * self._attention.coverage(slot, row, length)
         return score
 

@@ -82,8 +82,10 @@ class BeamSearch(LaneSearch):
         self._scores: NDArray[np.float64] = np.full((num_slots, width), -np.inf)
         # [slots, W, W], cached positions from 0 on that two rows of a slot have in common.
         self._shared: NDArray[np.int32] = np.zeros((num_slots, width, width), np.int32)
-        # Best first, at most W.
+        # Best first, at most W; with early stopping those that are returned.
         self._kept: list[list[_Kept]] = [[] for _ in range(num_slots)]
+        # [slots], how many have ended among the best W of a step.
+        self._num_ended: NDArray[np.int64] = np.zeros(num_slots, np.int64)
         # [slots], what a running hypothesis has to beat: the score of the last of W kept; -inf while there are fewer; inf where
         # so many have ended that the search stops, whatever runs.
         self._to_beat: NDArray[np.float64] = np.full(num_slots, -np.inf)
@@ -101,6 +103,7 @@ class BeamSearch(LaneSearch):
         # Every row reads the start token at position 0.
         self._shared[slot] = 1
         self._kept[slot] = []
+        self._num_ended[slot] = 0
         self._to_beat[slot] = -np.inf
         self._best_has_ended[slot] = False
 
@@ -158,7 +161,7 @@ class BeamSearch(LaneSearch):
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
         super().move(from_slot, to_slot)
-        for array in (self._scores, self._shared, self._to_beat, self._best_has_ended):
+        for array in (self._scores, self._shared, self._num_ended, self._to_beat, self._best_has_ended):
             array[to_slot] = array[from_slot]
         self._kept[to_slot] = self._kept[from_slot]
 
@@ -222,13 +225,16 @@ class BeamSearch(LaneSearch):
             attention = self._target_attention(slot, parent, len(ids))
             ended = _Kept(score, tuple(ids), reason, length, token_scores, attention)
             bisect.insort(kept, ended, key=lambda other: -other.score)
+            self._num_ended[slot] += 1
             if options.early_stopping:
+                del kept[options.num_hypotheses :]
+                num_ended = int(self._num_ended[slot])
                 if options.length_penalty == 0 and options.coverage_penalty == 0 and not options.rules_of_generate:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
                     self._best_has_ended[slot] |= rank == 0
-                    is_enough = self._best_has_ended[slot] and len(kept) >= options.num_hypotheses
+                    is_enough = self._best_has_ended[slot] and num_ended >= options.num_hypotheses
                 else:
-                    is_enough = len(kept) >= max(options.num_hypotheses, math.floor(w * options.patience + 0.5))
+                    is_enough = num_ended >= max(options.num_hypotheses, math.floor(w * options.patience + 0.5))
                 if is_enough:
                     self._to_beat[slot] = np.inf
                 continue
@@ -289,7 +295,7 @@ class BeamSearch(LaneSearch):
             assert self.sums is not None
             self.sums[slots, to_beams, :longest] = self.sums[slots, from_beams, :longest]
         if self._attention.is_wanted:
-            self._attention.fork(slots, from_beams, to_beams)
+            self._attention.fork(slots, from_beams, to_beams, starts, stops)
         is_needed = (starts < stops) & ~done[slots]
         first_rows = slots * self.width
         columns = (first_rows + from_beams, first_rows + to_beams, starts, stops)

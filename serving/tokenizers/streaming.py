@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from serving.tokenizers.base import Tokenizer
 
 
@@ -14,9 +16,9 @@ class StreamingDetokenizer:
         self._ids: list[int] = []
         self._told = 0  # characters
 
-    def push(self, token_id: int) -> str:
-        """Add a token; the text that is certain now and was not before, perhaps none."""
-        self._ids.append(token_id)
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Add tokens; the text that is certain now and was not before, perhaps none."""
+        self._ids.extend(token_ids)
         # All ids each time: 512 of them take some 20 us, and where pieces may be cut is the tokenizer's secret.
         return self._tell(self._tokenizer.certain_text(self._ids))
 

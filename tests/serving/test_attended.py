@@ -127,17 +127,26 @@ async def test_unknown_tokens_are_replaced_whatever_stands_before_the_source(eng
 
 async def test_an_answer_that_could_become_too_large_is_refused(engine: ScriptedEngine) -> None:
     preparer = fake_preparer(fake_limits(max_source_tokens=4096, max_target_tokens=4096, max_beam_size=4))
-    await translate(engine, "a" * 1000, preparer=preparer, return_attention=True)
-    with pytest.raises(InvalidRequestError, match=r"could make 6108102 numbers .* at most 4194304") as raised:
-        await translate(engine, *["a" * 1000] * 3, preparer=preparer, return_attention=True)
+    await translate(engine, "a" * 400, preparer=preparer, return_attention=True)
+    with pytest.raises(InvalidRequestError, match=r"could make 1003302 numbers .* at most 524288") as raised:
+        await translate(engine, *["a" * 400] * 3, preparer=preparer, return_attention=True)
     assert raised.value.field == "options.return_attention"
     options: dict[str, Any] = {"beam_size": 4, "num_hypotheses": 4}
     with pytest.raises(InvalidRequestError, match=r"options\.return_attention"):
-        await translate(engine, "a" * 1000, preparer=preparer, return_attention=True, **options)
-    await translate(engine, "a" * 1000, preparer=preparer, return_attention=True, max_target_tokens=100, **options)
-    # What is not told is not bounded.
-    await translate(engine, *["a" * 1000] * 3, preparer=preparer, replace_unknowns=True)
+        await translate(engine, "a" * 400, preparer=preparer, return_attention=True, **options)
+    await translate(engine, "a" * 400, preparer=preparer, return_attention=True, max_target_tokens=100, **options)
+    # Of what is not told, each text is bounded.
+    await translate(engine, *["a" * 400] * 3, preparer=preparer, replace_unknowns=True)
     assert len(engine.submitted) == 5
+
+
+@pytest.mark.parametrize("option", [{"replace_unknowns": True}, {"coverage_penalty": 0.5}], ids=str)
+async def test_attention_that_could_become_too_large_to_follow_is_refused(engine: ScriptedEngine, option: dict[str, Any]) -> None:
+    preparer = fake_preparer(fake_limits(max_source_tokens=4096, max_target_tokens=4096, max_beam_size=4))
+    await translate(engine, "a" * 1000, preparer=preparer, beam_size=2, **option)
+    with pytest.raises(InvalidRequestError, match=r"could make 8144136 numbers of a text, at most 4194304") as raised:
+        await translate(engine, "a", "a" * 1000, preparer=preparer, beam_size=4, **option)
+    assert raised.value.field == f"options.{next(iter(option))}"
 
 
 async def test_a_stream_tells_it_at_its_end(engine: ScriptedEngine) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -111,8 +112,31 @@ def test_draws_differ_in_their_number_alone_and_the_best_is_first() -> None:
     assert outcome.timings == SequenceTimings(queue_s=1.0, encode_s=2.0, decode_s=3.0, steps=4, mean_rows_per_step=7.0)
 
 
-def test_alternatives_of_a_model_that_ends_what_is_cut_are_tokens_all_the_same() -> None:
-    options = DecodingOptions(num_hypotheses=3, max_target_tokens=3, ends_when_cut=True)
+def test_rounds_take_their_times_one_after_the_other() -> None:
+    plan = make_plan(DecodingOptions(num_hypotheses=2, max_target_tokens=4), Alternatives())
+
+    def told(token: int, **timings: float) -> Outcome:
+        hypothesis = Hypothesis(target_ids=(token,), score=-1.0, finish_reason=FinishReason.LENGTH, target_tokens=1)
+        return Outcome(hypotheses=(hypothesis, hypothesis), timings=SequenceTimings(steps=2, mean_rows_per_step=3.0, **timings))
+
+    plan.take([told(4, queue_s=1.0, decode_s=2.0)])
+    plan.take([told(4, queue_s=0.5, decode_s=1.0), told(5, encode_s=0.25, decode_s=4.0)])
+    assert plan.outcome().timings == SequenceTimings(queue_s=1.5, encode_s=0.25, decode_s=6.0, steps=6, mean_rows_per_step=3.0)
+
+
+def test_the_coverage_penalty_has_no_part_in_how_probable_an_alternative_is() -> None:
+    options = DecodingOptions(num_hypotheses=4, max_target_tokens=6, return_token_scores=True, beam_size=2, target_prefix=(4,))
+    plain = _run(make_plan(options, Alternatives())).hypotheses
+    penalized = _run(make_plan(replace(options, coverage_penalty=5.0), Alternatives())).hypotheses
+    assert [hypothesis.target_ids[1] for hypothesis in penalized] == [hypothesis.target_ids[1] for hypothesis in plain]
+    for hypothesis in penalized:
+        assert hypothesis.token_scores is not None
+        assert hypothesis.token_scores[1] == pytest.approx(_MODEL.log_probs((4,))[hypothesis.target_ids[1]], abs=1e-6)
+
+
+@pytest.mark.parametrize("prefix", [(), (4,), (4, 5)], ids=str)
+def test_alternatives_of_a_model_that_ends_what_is_cut_are_tokens_all_the_same(prefix: tuple[int, ...]) -> None:
+    options = DecodingOptions(num_hypotheses=3, max_target_tokens=3, ends_when_cut=True, target_prefix=prefix)
     hypotheses = _run(make_plan(options, Alternatives())).hypotheses
-    assert len({hypothesis.target_ids[0] for hypothesis in hypotheses}) == 3
+    assert len({hypothesis.target_ids[len(prefix)] for hypothesis in hypotheses}) == 3
     assert all(hypothesis.target_tokens <= 3 and EOS_ID not in hypothesis.target_ids for hypothesis in hypotheses)

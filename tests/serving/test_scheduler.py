@@ -306,3 +306,17 @@ def test_a_short_queue_takes_every_free_row() -> None:
     assert scheduler.take(0, 0.0).admitted == sequences[:16]
     scheduler.leave(0, sequences[0], 1.0)
     assert scheduler.take(0, 1.0).admitted == sequences[16:17]
+
+
+def test_what_goes_on_with_an_admitted_request_is_taken_whatever_else() -> None:
+    scheduler = Scheduler(config(max_waiting_sequences=1, max_waiting_tokens=4), 1)
+    scheduler.submit([sequence()])
+    with pytest.raises(OverloadedError):
+        scheduler.submit([sequence()])
+    scheduler.drain()
+    with pytest.raises(ShuttingDownError):
+        scheduler.submit([sequence()])
+    following = [sequence(), sequence()]
+    scheduler.submit(following, continued=True)
+    assert scheduler.num_waiting == 3
+    assert scheduler.take(0, 0.0).admitted[1:] == following

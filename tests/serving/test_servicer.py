@@ -187,7 +187,7 @@ async def test_alternatives_and_the_coverage_penalty_reach_the_engine(
     asked = pb.DecodingOptions(num_hypotheses=2, alternatives=pb.Alternatives(min_probability=0.0), coverage_penalty=0.5)
     (translation,) = (await translate(servicer, pb.TranslateRequest(texts=["ab"], options=asked))).translations
     assert len(translation.hypotheses) == 2
-    assert [sequence.options.coverage_penalty for sequence in engine.submitted] == [0.5] * 3
+    assert [sequence.options.coverage_penalty for sequence in engine.submitted] == [0.0, 0.5, 0.5]
     assert [sequence.options.beam_size for sequence in engine.submitted] == [2, 1, 1]
 
 

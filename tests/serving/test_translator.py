@@ -127,8 +127,8 @@ async def test_draws_are_sequences_of_their_own(translator: Translator, engine: 
 
 
 async def test_alternatives_are_decoded_once_their_tokens_are_known(translator: Translator, engine: ScriptedEngine) -> None:
-    asked = command("ab", " ", "cd", num_hypotheses=2, beam_size=3, alternatives=Alternatives())
-    first, blank, second = await translator.translate(replace(asked, target_prefixes=["A", "", ""]))
+    asked = command("ab", "cd", num_hypotheses=2, beam_size=3, alternatives=Alternatives())
+    first, second = await translator.translate(replace(asked, target_prefixes=["A", ""]))
     encode = ByteTokenizer().encode
     expansions, continuations = engine.submitted[:2], engine.submitted[2:]
     assert [(one.options.beam_size, one.options.max_target_tokens) for one in expansions] == [(2, 2), (2, 1)]
@@ -136,7 +136,32 @@ async def test_alternatives_are_decoded_once_their_tokens_are_known(translator: 
     # What the scripted engine says comes after the prefix, cut to one token: "AB" and "AB!", "C" and "C!".
     assert [one.options.target_prefix for one in continuations] == [tuple(encode(text)) for text in ("AB", "AB", "C", "C")]
     assert {one.options.beam_size for one in continuations} == {3}
-    assert [len(translation.hypotheses) for translation in (first, blank, second)] == [2, 1, 2]
+    assert [len(translation.hypotheses) for translation in (first, second)] == [2, 2]
+    (blank,) = await translator.translate(command(" ", num_hypotheses=2, alternatives=Alternatives()))
+    assert (len(blank.hypotheses), len(engine.submitted)) == (1, 6)
+
+
+async def test_a_request_that_was_admitted_goes_on_while_the_server_drains(
+    translator: Translator, engine: ScriptedEngine
+) -> None:
+    def script(sequence: Sequence) -> Outcome:
+        engine.drain()
+        return shouted(sequence)
+
+    engine.script = script
+    (translation,) = await translator.translate(command("ab", num_hypotheses=2, alternatives=Alternatives()))
+    assert len(translation.hypotheses) == 2
+    with pytest.raises(ShuttingDownError):
+        await translator.translate(command("ab"))
+
+
+async def test_texts_that_are_decoded_several_times_count_as_often(translator: Translator, engine: ScriptedEngine) -> None:
+    most = translator.preparer.limits.max_texts_per_request
+    asked = command(*["a"] * (most // 2 + 1), num_hypotheses=2, sampling=Sampling())
+    with pytest.raises(InvalidRequestError, match=f"at most {most}") as raised:
+        await translator.translate(asked)
+    assert raised.value.field == "options.num_hypotheses"
+    assert engine.submitted == []
 
 
 async def test_an_error_of_an_alternative_ends_the_request(translator: Translator, engine: ScriptedEngine) -> None:
@@ -370,7 +395,7 @@ async def test_others_get_their_turn_while_a_long_request_is_tokenized(
     translator = Translator(slow, engine, asyncio.get_running_loop(), clock=clock)
     task = asyncio.create_task(other())
 
-    def refuse(_: Any) -> None:
+    def refuse(_: Any, *, continued: bool = False) -> None:
         raise OverloadedError("queue_full", 1.0)
 
     monkeypatch.setattr(engine, "submit", refuse)

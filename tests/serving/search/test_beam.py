@@ -334,3 +334,21 @@ def test_forks_do_happen_in_the_toy_lane() -> None:
         lane.step()
         starts |= {fork.start for fork in lane.forks}
     assert len(starts) > 3
+
+
+def test_with_early_stopping_no_more_hypotheses_are_kept_than_are_returned() -> None:
+    # Without a length penalty it goes on until a hypothesis ends as the best of its step: here that is never so.
+    search = make_lane_search(2, 1, 64, EOS_ID, START_ID)
+    assert isinstance(search, BeamSearch)
+    options = DecodingOptions(beam_size=2, num_hypotheses=2, length_penalty=0.0, early_stopping=True, max_target_tokens=40)
+    search.add(0, options)
+    ids = np.full((1, 2, 5), 9, np.int64)
+    ids[0, :, :3] = [5, EOS_ID, 6]
+    log_probs = np.full((1, 2, 5), -np.inf, np.float32)
+    log_probs[0, :, :3] = [-0.1, -0.2, -3.0]
+    steps = 0
+    while not search.advance(1, ids.copy(), log_probs.copy()).finished:
+        steps += 1
+        assert len(search._kept[0]) <= 2
+    assert steps == 39
+    assert [hypothesis.target_tokens for hypothesis in search.hypotheses(0)] == [1, 2]
