@@ -82,6 +82,9 @@ class DecodingOptions:
     # when none that runs could still become one of the best (as Hugging Face does).
     early_stopping: bool = False
     patience: float = 1.0
+    # With early stopping, whether any continuation of a prefix may end right after it, or the best alone, as CTranslate2 has it
+    # after a prefix that was asked for, but not after an alternative.
+    ends_freely_after_prefix: bool = False
     # Above 1, tokens that the target has already become less probable: positive logits are divided by it, others multiplied.
     repetition_penalty: float = 1.0
     # No so many tokens in a row come twice; 0: they may.

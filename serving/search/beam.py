@@ -188,7 +188,7 @@ class BeamSearch(LaneSearch):
         """
         for slot, options in enumerate(self._options[: len(ids)]):
             is_after_prefix = 0 < len(options.target_prefix) == self.num_tokens[slot, 0] and options.early_stopping
-            is_after_prefix = is_after_prefix and not options.rules_of_generate
+            is_after_prefix = is_after_prefix and not (options.rules_of_generate or options.ends_freely_after_prefix)
             if options.end_ids or is_after_prefix:
                 is_end = np.isin(ids[slot].take(order[slot]), (self._eos_id, *options.end_ids))
                 is_needless = is_end & (np.cumsum(is_end) > self.width)

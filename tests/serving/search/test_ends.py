@@ -79,13 +79,27 @@ def test_what_is_decided_is_what_the_best_hypothesis_starts_with(width: int, ret
         assert all(final[: len(decided)] == decided for decided in lane.decided.get(0, ()))
 
 
-@pytest.mark.parametrize(("early_stopping", "best", "kept"), [(True, 5, 0), (True, EOS_ID, 1), (False, 5, 1), (False, EOS_ID, 1)])
+@pytest.mark.parametrize(
+    ("early_stopping", "freely", "best", "kept"),
+    [
+        (True, False, 5, 0),
+        (True, False, EOS_ID, 1),
+        (True, True, 5, 1),
+        (False, False, 5, 1),
+        (False, False, EOS_ID, 1),
+    ],
+)
 def test_right_after_a_prefix_only_the_best_continuation_of_an_early_stopping_beam_may_be_an_end(
-    early_stopping: bool, best: int, kept: int
+    early_stopping: bool, freely: bool, best: int, kept: int
 ) -> None:
     search = make_lane_search(3, 1, 8, EOS_ID, START_ID)
     options = DecodingOptions(
-        beam_size=3, num_hypotheses=3, target_prefix=(9,), early_stopping=early_stopping, max_target_tokens=3
+        beam_size=3,
+        num_hypotheses=3,
+        target_prefix=(9,),
+        early_stopping=early_stopping,
+        ends_freely_after_prefix=freely,
+        max_target_tokens=3,
     )
     search.add(0, options)
 
