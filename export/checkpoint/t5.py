@@ -67,7 +67,9 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 _TOKENIZER_CLASSES = tuple(f"{family}Tokenizer{fast}" for family in ("T5", "MT5") for fast in ("", "Fast"))
 _SENTINEL = re.compile("\u2581?<extra_id_[0-9]+>")
 _LANGUAGE = re.compile(r"<2(\w[\w-]*)>")
-_SHARED, _OUTPUT = "shared.weight", "lm_head.weight"
+_OUTPUT = "lm_head.weight"
+# One matrix; a file has it by any of these names.
+_EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 # Rows of these are tokens.
 _TOKENS = ("decoder.embedding.tokens.weight", "output.weight")
 # In T5's files of older versions; nothing reads it.
@@ -247,8 +249,7 @@ class T5Reader:
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
     """T5's name -> ours, of every tensor; the shared embedding has several."""
-    embedding = "decoder.embedding.tokens.weight"
-    shared = {_SHARED: embedding, **{f"{side}.embed_tokens.weight": embedding for side in _ATTENTIONS}, _OUTPUT: "output.weight"}
+    shared = {**dict.fromkeys(_EMBEDDINGS, "decoder.embedding.tokens.weight"), _OUTPUT: "output.weight"}
     return shared | {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _parameter_names(config)}
 
 
@@ -341,8 +342,8 @@ def _before_language(processor: sentencepiece.SentencePieceProcessor, languages:
 
 def _with_output(config: ModelConfig, stored: Mapping[str, Tensor]) -> ModelConfig:
     """With an output projection of its own where the weights have one."""
-    output, shared = stored.get(_OUTPUT), stored.get(_SHARED)
-    is_tied = output is None or shared is None or (output.shape == shared.shape and bool((output == shared).all()))
+    output, embedding = stored.get(_OUTPUT), next((stored[name] for name in _EMBEDDINGS if name in stored), None)
+    is_tied = output is None or embedding is None or (output.shape == embedding.shape and bool((output == embedding).all()))
     return config.model_copy(update={"tie_output": is_tied})
 
 

@@ -188,6 +188,21 @@ def test_an_output_of_its_own_is_told_by_the_weights(directory: Path) -> None:
     assert read_checkpoint(directory).config.tie_output
 
 
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_the_embedding_may_have_the_name_of_one_side_alone(directory: Path, side: str) -> None:
+    """The decoder's, in MADLAD-400 as it is published, whose output is its own."""
+    before, tensors = read_checkpoint(directory), load_file(directory / "model.safetensors")
+    tensors[f"{side}.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, directory / "model.safetensors")
+    after = read_checkpoint(directory)
+    assert after.config == before.config
+    assert not after.config.tie_output
+    assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    assert read_checkpoint(directory).config.tie_output
+
+
 def test_tensors_that_older_versions_wrote_are_no_fault(directory: Path) -> None:
     before, tensors = read_checkpoint(directory).tensors, load_file(directory / "model.safetensors")
     tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 2)
