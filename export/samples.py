@@ -94,16 +94,18 @@ def _templates(checkpoint: Checkpoint) -> list[_Template]:
     told, end = checkpoint.language_tokens, (checkpoint.config.eos_id,) if checkpoint.source_ends_with_eos else ()
     if told is None:
         return [_Template(checkpoint.source_prefix, end, checkpoint.target_prefix)]
-    codes = sorted(told.tokens)
+    known = sorted(told.tokens)
     pairs = [(pair.source, pair.target) for pair in checkpoint.languages]
     templates = []
-    for source, target in pairs or zip(codes, codes[1:] + codes[:1], strict=True):
-        tokens = {"source": (told.tokens[source],), "target": (told.tokens[target],), None: ()}
+    for source, target in pairs or zip(known, known[1:] + known[:1], strict=True):
+        # Of a side that the model is not told there may be none.
+        codes = {"source": source, "target": target}
+        before, after = ((told.tokens[codes[side]],) if side else () for side in (told.before_source, told.after_source))
         templates.append(
             _Template(
-                (*checkpoint.source_prefix, *tokens[told.before_source]),
-                (*end, *tokens[told.after_source]),
-                (*(tokens["target"] if told.before_target else ()), *checkpoint.target_prefix),
+                (*checkpoint.source_prefix, *before),
+                (*end, *after),
+                (*((told.tokens[target],) if told.before_target else ()), *checkpoint.target_prefix),
             )
         )
     return templates

@@ -105,6 +105,11 @@ class LanguageTokens(_Record):
     # Whether a target starts with its language's token.
     before_target: bool
 
+    def needed(self, source: str, target: str) -> tuple[str, ...]:
+        """Of the codes of a pair, those that the model is told."""
+        sides = (self.before_source, self.after_source, "target" if self.before_target else None)
+        return tuple(code for side, code in (("source", source), ("target", target)) if side in sides)
+
 
 class DefaultOptions(_Record):
     """How targets are decoded where a request does not say: what the model's makers chose for it.
@@ -411,7 +416,7 @@ def _prefix_faults(manifest: ManifestDraft) -> Iterator[str]:
         elif field != "source_prefix" and token_id in meant:
             yield f"{field}: {token_id} is {meant[token_id]}"
     if told is not None:
-        codes = dict.fromkeys(code for pair in manifest.languages for code in (pair.source, pair.target))
+        codes = dict.fromkeys(code for pair in manifest.languages for code in told.needed(pair.source, pair.target))
         yield from (f"languages: {code} has no token" for code in codes if code not in told.tokens)
 
 

@@ -130,7 +130,8 @@ class TextPreparer:
             ("source_language", source_language, "source" in (told.before_source, told.after_source)),
             ("target_language", target_language, told.before_target or "target" in (told.before_source, told.after_source)),
         ):
-            if code not in told.tokens and (code or is_needed):
+            # One that need not be told may have no token, where pairs say what the model translates.
+            if code not in told.tokens and (is_needed or (code and not self.languages)):
                 reason = f"the model does not know {code[:20]!r}" if code else "has to be set"
                 raise InvalidRequestError(name, f"{reason}; it knows {_some(told.tokens)}")
         if self.languages:

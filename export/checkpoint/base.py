@@ -186,7 +186,7 @@ def with_languages(checkpoint: Checkpoint, languages: Sequence[LanguagePair]) ->
         CheckpointError: the model is told its languages by tokens, and has none for one of these.
     """
     if (told := checkpoint.language_tokens) is not None:
-        needed = {pair.target for pair in languages} | {pair.source for pair in languages if told.before_source == "source"}
+        needed = {code for pair in languages for code in told.needed(pair.source, pair.target)}
         if unknown := sorted(needed - told.tokens.keys()):
             raise CheckpointError(checkpoint.name, [f"languages: the model has no token for {', '.join(map(repr, unknown))}"])
     return replace(checkpoint, languages=list(languages))

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -384,18 +384,20 @@ def test_languages_that_the_user_states(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before_source", "codes", "unknown"),
+    ("places", "codes", "unknown"),
     [
-        ("source", ("de", "en", "fr"), None),
-        ("source", ("de", "fr"), "'en'"),
-        ("target", ("de", "fr"), None),
-        ("target", (), "'de', 'fr'"),
+        ({"before_source": "source", "before_target": True}, ("de", "en", "fr"), None),
+        ({"before_source": "source", "before_target": True}, ("de", "fr"), "'en'"),
+        ({"before_source": "target", "before_target": False}, ("de", "fr"), None),
+        ({"before_source": "target", "before_target": False}, (), "'de', 'fr'"),
+        ({"before_source": None, "after_source": "source", "before_target": True}, ("de", "fr"), "'en'"),
+        ({"before_source": "source", "before_target": False}, ("de", "en"), None),
     ],
 )
 def test_languages_of_a_model_that_is_told_them_by_tokens(
-    directory: Path, before_source: Literal["source", "target"], codes: tuple[str, ...], unknown: str | None
+    directory: Path, places: dict[str, Any], codes: tuple[str, ...], unknown: str | None
 ) -> None:
-    tokens = LanguageTokens(tokens={code: i for i, code in enumerate(codes)}, before_source=before_source, before_target=False)
+    tokens = LanguageTokens(tokens={code: i for i, code in enumerate(codes)}, **places)
     checkpoint = replace(read_checkpoint(directory), language_tokens=tokens, languages=[])
     if unknown is None:
         assert with_languages(checkpoint, PAIRS).languages == PAIRS

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from export.checkpoint.marian import tensor_names
 from export.model import ModelConfig
 from export.pipeline import export_bundle
 from export.samples import draw_samples
-from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, describe
+from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, describe, read_bundle
+from serving.cli import main
 from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer
 from tests.support import SAMPLE_LINES, tiny_config, tiny_model, tiny_sentencepiece
@@ -567,6 +569,19 @@ def test_a_bundle_knows_the_tokens_of_its_languages(directory: Path, tmp_path: P
     (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
     bundle = export_bundle(directory, tmp_path / "bundle", show_progress=False)
     assert bundle.manifest.language_tokens == read_checkpoint(directory).language_tokens
+
+
+def test_languages_are_stated_of_a_model_that_is_told_its_target_alone(directory: Path, tmp_path: Path) -> None:
+    with_languages(directory, [">>deu<<", ">>fra<<"])
+    (directory / "samples.txt").write_text("\n".join(SAMPLE_LINES[:2]))
+    runner, bundle = CliRunner(), str(tmp_path / "bundle")
+    exported = runner.invoke(main, ["export", str(directory), bundle, "--languages", "en:deu"])
+    assert (exported.exit_code, exported.exception) == (0, None)
+    assert read_bundle(tmp_path / "bundle").manifest.languages == [LanguagePair(source="en", target="deu")]
+    options = ["--source-language", "en", "--target-language", "deu", "--max-target-tokens", "4", "--threads", "1"]
+    translated = runner.invoke(main, ["translate", "--bundle", bundle, *options], input="\n".join(SAMPLE_LINES[:2]))
+    assert (translated.exit_code, translated.exception) == (0, None)
+    assert len(translated.stdout.splitlines()) == 2
 
 
 @pytest.mark.parametrize("settings", [None, "{}", '{"source_lang": "en"}', '{"source_lang": "en", "target_lang": ""}'])

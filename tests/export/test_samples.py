@@ -140,3 +140,33 @@ def test_pairs_have_their_turns_where_a_model_has_such(tmp_path: Path) -> None:
     checkpoint = replace(checkpoint_of(tmp_path, MANY_LINES[:3]), language_tokens=told, languages=pairs, target_prefix=(41,))
     samples = draw_samples(checkpoint, calibrate=False).certify
     assert [(sample.source_ids[0], sample.target_prefix) for sample in samples] == [(42, (41,)), (40, (41,)), (42, (41,))]
+
+
+@pytest.mark.parametrize(
+    ("told", "source", "target", "around"),
+    [
+        (LanguageTokens(tokens=CODES, before_source="target", before_target=False), "en", "b", ((41,), (EOS_ID,), ())),
+        (
+            LanguageTokens(tokens=CODES, before_source=None, after_source="source", before_target=False),
+            "a",
+            "de",
+            ((), (EOS_ID, 40), ()),
+        ),
+        (LanguageTokens(tokens=CODES, before_source=None, before_target=True), "en", "b", ((), (EOS_ID,), (41,))),
+    ],
+    ids=["target before a source", "source after it", "before a target"],
+)
+def test_a_language_that_the_model_is_not_told_needs_no_token(
+    tmp_path: Path,
+    told: LanguageTokens,
+    source: str,
+    target: str,
+    around: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+) -> None:
+    checkpoint = replace(
+        checkpoint_of(tmp_path, MANY_LINES[:1]), language_tokens=told, languages=[LanguagePair(source=source, target=target)]
+    )
+    (sample,) = draw_samples(checkpoint, calibrate=False).certify
+    (text,) = (sample.source_ids[:-1] for sample in samples_of(checkpoint, MANY_LINES[:1]))
+    before, after, first = around
+    assert sample == Sample((*before, *text, *after), first)

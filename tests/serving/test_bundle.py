@@ -264,6 +264,11 @@ def test_a_manifest_that_lists_itself(directory: Path) -> None:
             ),
         ),
         (
+            # Its language is English, which no token tells.
+            {"language_tokens": {"tokens": {"de": 9}, "before_source": "target", "before_target": False}},
+            (),
+        ),
+        (
             {"defaults": {"min_target_tokens": 9, "max_target_tokens": 8, "suppressed": [[64], [3], [3, 4]]}},
             (
                 "defaults.min_target_tokens: 9 is more than a target may have, 8",

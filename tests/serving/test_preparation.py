@@ -82,6 +82,15 @@ def test_of_a_model_that_is_told_its_source_alone_only_its_target_may_be_asked_f
         preparer.direction("fr", "de")
 
 
+def test_a_source_that_is_not_told_needs_no_token_where_pairs_name_it() -> None:
+    preparer = replace(told(before_source="target", before_target=False), languages=(("cs", "de"), ("cs", "fr")))
+    assert preparer.direction("cs", "fr") == preparer.direction("", "fr") == Direction(before_source=(903,))
+    with pytest.raises(InvalidRequestError, match="source_language: the model translates from cs, not from 'en'"):
+        preparer.direction("en", "fr")
+    with pytest.raises(InvalidRequestError, match="target_language: the model does not know 'cs'"):
+        preparer.direction("", "cs")
+
+
 def test_a_source_need_not_end_in_a_token() -> None:
     preparer = replace(told(before_source=None, before_target=False), language_tokens=None, source_ends_with_eos=False)
     assert preparer.source_ids("ab", "text") == tuple(ByteTokenizer().encode("ab"))
