@@ -73,8 +73,9 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the destination is taken, the tokenizer makes nothing of its own of ``source_prefix``, there is one sample
-            sentence for two purposes, the graphs are too far from the model, or the bundle could not be written.
+        ExportError: the destination is taken, the tokenizer makes nothing of its own of ``source_prefix``, ``precision`` is not for
+            this model, there is one sample sentence for two purposes, the graphs are too far from the model, or the bundle could
+            not be written.
     """
     check_destination(bundle, overwrite=overwrite)
     source = _with_prefix(read_checkpoint(checkpoint), source_prefix)
@@ -84,6 +85,11 @@ def export_bundle(
     if config.head_dim % HEAD_DIM_STEP:
         raise ExportError(
             f"the width of a head is {config.head_dim}: the runtime's attention needs a multiple of {HEAD_DIM_STEP}"
+        )
+    if precision == "fp16" and config.positions == "relative":
+        raise ExportError(
+            "precision: fp16 is for CUDA, where the runtime's attention over in-place caches takes no relative positions, which "
+            "this model has; int8 and fp32, for a CPU, are supported"
         )
     model = build_model(source)
     samples = draw_samples(source, calibrate=precision == "int8")

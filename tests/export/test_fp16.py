@@ -43,7 +43,7 @@ CUDA_KERNELS_OF_MICROSOFT = {"FastGelu", "GroupQueryAttention", "MultiHeadAttent
 CUDA_KERNELS_OF_THE_RUNTIME = {"SimplifiedLayerNormalization"}
 
 
-@pytest.fixture(scope="module", params=["paper", "t5"])
+@pytest.fixture(scope="module", params=["paper", "gated"])
 def exported(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose fp16 graphs were compared with the model, on the CPU in place of a CUDA device."""
     stepper = verify.onnx_stepper
@@ -54,8 +54,18 @@ def exported(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "onnx_stepper", on_cpu)
         work = tmp_path_factory.mktemp("fp16")
-        checkpoint = tiny_checkpoint if request.param == "paper" else write_tiny_checkpoint(work / "t5", tiny_config(**T5))
+        # T5's norms and networks; its positions have no kernel.
+        gated = tiny_config(**{**T5, "positions": "sinusoidal"})
+        checkpoint = tiny_checkpoint if request.param == "paper" else write_tiny_checkpoint(work / "gated", gated)
         return export_bundle(checkpoint, work / "bundle", precision="fp16", show_progress=False)
+
+
+def test_relative_positions_are_refused(tmp_path: Path) -> None:
+    """The operator's kernel for CUDA refuses the bias that they are, as soon as it runs."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "t5", tiny_config(**T5))
+    with pytest.raises(ExportError, match=r"^precision: fp16 is for CUDA, .* takes no relative positions"):
+        export_bundle(checkpoint, tmp_path / "bundle", precision="fp16", show_progress=False)
+    assert not (tmp_path / "bundle").exists()
 
 
 def element_types(values: object) -> dict[str, int]:

@@ -218,7 +218,7 @@ TRACED = {
 }
 
 
-@pytest.fixture(scope="module", params=[("cpu", TRACED), ("cuda", TRACED), ("cpu", T5), ("cuda", T5)], ids="{0[0]}".format)
+@pytest.fixture(scope="module", params=[("cpu", TRACED), ("cuda", TRACED), ("cpu", T5)], ids="{0[0]}".format)
 def traced(request: pytest.FixtureRequest) -> Traced:
     device, overrides = request.param
     model = random_model(**overrides)
