@@ -21,6 +21,9 @@ from torch import Tensor
 from export.checkpoint.packages import size_faults
 from export.checkpoint.stand_ins import COMMON_CLASSES, is_empty, plain_settings, stand_ins
 
+# What an archive of torch's starts with.
+_ARCHIVE = b"PK\3\4"
+
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
@@ -60,11 +63,6 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
         faults: of the whole checkpoint so far.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if found := size_faults(path, archive.infolist()):
-                    faults += [f"{path.name}: {fault}" for fault in found]
-                    return {}
         with stand_ins((*COMMON_CLASSES, *classes)):
             document: Any = load_pickle(path)
     # A broken or hostile pickle makes torch raise nearly anything.
@@ -78,13 +76,27 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
 
 
 def load_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote, without running any code; tensors are the file's own pages where its format allows that."""
+    """What ``torch.save`` wrote, without running any code; tensors are the file's own pages where its format allows that.
+
+    Raises:
+        ValueError: it unpacks to more than any model.
+        Exception: nearly any, of a file that is broken or hostile.
+    """
     is_mapped = False
-    if zipfile.is_zipfile(path):
+    if _is_archive(path):
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if faults := size_faults(path, members):
+                raise ValueError("; ".join(faults))
             # torch leaves them so; an archive that another tool packed again may not be.
-            is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in members)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+
+
+def _is_archive(path: Path) -> bool:
+    """As torch tells it: what it would unpack is what has to be looked at before."""
+    with path.open("rb") as stream:
+        return stream.read(len(_ARCHIVE)) == _ARCHIVE
 
 
 def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: list[str]) -> dict[str, Tensor]:

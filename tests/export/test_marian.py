@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,14 @@ def test_a_tensor_that_is_part_of_a_larger_one_is_read(directory: Path) -> None:
     tensors["model.shared.weight"] = matrix.t().contiguous().t()
     torch.save(tensors, directory / "pytorch_model.bin")
     assert_same_state(directory, marian_config())
+
+
+def test_pickled_weights_that_unpack_to_more_than_any_model(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**25))
+    (fault,) = faults_of(directory)
+    assert fault.startswith("pytorch_model.bin: cannot be read: unpacks to 33554432 bytes")
 
 
 @pytest.mark.parametrize("contents", [b"", b"{}", b"\x80\x04cut"], ids=["empty", "json", "cut"])

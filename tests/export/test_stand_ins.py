@@ -76,6 +76,12 @@ def test_tensors_of_an_archive_that_was_packed_again(tmp_path: Path) -> None:
     assert torch.equal(read_pickle(tmp_path / "m.pt", (), "", faults)["tensor"], torch.arange(1000))
 
 
+def test_an_archive_that_unpacks_to_more_than_any_model(tmp_path: Path) -> None:
+    torch.save({"tensor": torch.zeros(2**23)}, tmp_path / "stored.pt")
+    pack_again(tmp_path / "stored.pt", tmp_path / "m.pt", compression=zipfile.ZIP_DEFLATED)
+    assert fault_of(tmp_path / "m.pt").startswith("m.pt: cannot be read: unpacks to 3355")
+
+
 class Hostile:
     def __init__(self, *reduced: Any) -> None:
         self.reduced = reduced
