@@ -10,6 +10,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.checkpoint.packages import size_faults
+from export.checkpoint.pickles import check_tuples
 from export.checkpoint.stand_ins import COMMON_CLASSES, is_empty, plain_settings, stand_ins
 
 # What an archive of torch's starts with.
 _ARCHIVE = b"PK\3\4"
+# In a file that is none: two numbers that say what it is, the system that wrote it, the document, and its storages.
+_PICKLES = 5
 
 
 def file_sha256(path: Path) -> str:
@@ -79,7 +83,7 @@ def load_pickle(path: Path) -> Any:
     """What ``torch.save`` wrote, without running any code; tensors are the file's own pages where its format allows that.
 
     Raises:
-        ValueError: it unpacks to more than any model.
+        ValueError: it unpacks to more than any model, or a tuple in it stands for too many values.
         Exception: nearly any, of a file that is broken or hostile.
     """
     is_mapped = False
@@ -88,8 +92,17 @@ def load_pickle(path: Path) -> Any:
             members = archive.infolist()
             if faults := size_faults(path, members):
                 raise ValueError("; ".join(faults))
+            # In any case of letters, as torch finds it.
+            for info in (info for info in members if info.filename.lower().endswith("data.pkl")):
+                check_tuples(BytesIO(archive.read(info)))
             # torch leaves them so; an archive that another tool packed again may not be.
             is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in members)
+    else:
+        with path.open("rb") as stream:
+            # One after the other, values and names of storages last.
+            for _ in range(_PICKLES):
+                if not check_tuples(stream):
+                    break
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 

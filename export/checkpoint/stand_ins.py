@@ -10,8 +10,9 @@ loaded; does not know which names a tool has (``fairseq_config.py``, ``opennmt_p
 object a state. With a stand-in, each only stores what it was given, in two attributes that nothing here calls, compares or
 iterates over before its type was checked. So a name gives a file no power, whatever it means elsewhere (``builtins.getattr``
 would be as harmless), and the lists are short so that one that is not on them is told to the user by its name. What is stored may
-still be odd: of any type, containing itself, or standing for exponentially many values. ``plain_settings`` copies it with
-bounds on depth and number; whoever reads anything else checks its types first.
+still be odd: of any type, containing itself, or standing for exponentially many values. Tuples that do, which torch would hash,
+are refused before (``pickles.py``). ``plain_settings`` copies the rest with bounds on depth and number; whoever reads
+anything else checks its types first.
 """
 
 from __future__ import annotations

@@ -264,6 +264,43 @@ def test_settings_without_end_are_refused(tmp_path: Path, make: Any) -> None:
         plain_settings(found["x"])
 
 
+def doubled(times: int) -> Any:
+    value: Any = ()
+    for _ in range(times):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+def test_tuples_that_stand_for_exponentially_many_values_are_refused(tmp_path: Path, as_zip: bool) -> None:
+    """As a key it would be hashed: this one within a moment, one of a few bytes more never."""
+    fault = fault_of(tmp_path / "m.pt", {"x": {doubled(14): 1}}, as_zip=as_zip)
+    assert fault == "m.pt: cannot be read: has a tuple of more than 10000 values; no model has"
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        # The same of all forms of tuples and names of objects, the last in a list.
+        EMPTY_DICT + EMPTY_TUPLE + b"q\x01h\x01h\x01\x87" * 9 + b"K\1s",
+        EMPTY_DICT + EMPTY_TUPLE + b"r\1\0\0\0(j\1\0\0\0j\1\0\0\0t\x86" * 14 + b"K\1s",
+        EMPTY_DICT + b"(" + EMPTY_TUPLE + b"q\x01h\x01\x86" * 14 + b"K\1u",
+        b"]" + EMPTY_TUPLE + b"\x85" * 10_000 + b"a",
+    ],
+    ids=["three", "marked", "items", "deep"],
+)
+def test_tuples_of_any_form_are_counted(tmp_path: Path, opcodes: bytes) -> None:
+    write_opcodes(tmp_path / "m.pt", PROTO + opcodes + STOP)
+    assert fault_of(tmp_path / "m.pt") == "m.pt: cannot be read: has a tuple of more than 10000 values; no model has"
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+def test_tuples_that_a_tool_may_leave(tmp_path: Path, as_zip: bool) -> None:
+    document = {"x": {doubled(6): list(range(20_000))}, "y": tuple(range(5000)), "z": [torch.ones(2, 3)] * 5000}
+    found = read(tmp_path / "m.pt", document, as_zip=as_zip)
+    assert (found["x"], found["y"], len(found["z"])) == (document["x"], document["y"], 5000)
+
+
 def test_pickles_of_another_protocol(tmp_path: Path) -> None:
     """torch reads some; none of it is a traceback."""
     (tmp_path / "m.pt").write_bytes(pickle.dumps({"x": {1, 2}}, protocol=5))
