@@ -73,9 +73,9 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the destination is taken, the tokenizer makes nothing of its own of ``source_prefix``, ``precision`` is not for
-            this model, there is one sample sentence for two purposes, the graphs are too far from the model, or the bundle could
-            not be written.
+        ExportError: the destination is taken, ``source_prefix`` has no tokens of its own, no place in a source or leaves none for a text,
+            ``precision`` is not for this model, there is one sample sentence for two purposes, the graphs are too far from the
+            model, or the bundle could not be written.
     """
     check_destination(bundle, overwrite=overwrite)
     source = _with_prefix(read_checkpoint(checkpoint), source_prefix)
@@ -149,6 +149,9 @@ def _with_prefix(checkpoint: Checkpoint, text: str) -> Checkpoint:
     """The checkpoint, each of whose sources starts with the tokens of a text."""
     if not text:
         return checkpoint
+    told = checkpoint.language_tokens
+    if told is not None and told.before_source is not None:
+        raise ExportError("source_prefix: sources of this model start with a language's token, and no text comes before it")
     tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
     ids, probe = tokenizer.encode(text), "a"
     if not ids or tokenizer.encode(f"{text.rstrip()} {probe}") != [*ids, *tokenizer.encode(probe)]:

@@ -95,7 +95,7 @@ class Tokens:
     pad_id: int
     eos_id: int
     decoder_start_id: int
-    # Ids that every source starts with, after the language's.
+    # Ids that every source starts with, before the language's.
     source_prefix: tuple[int, ...]
     source_ends_with_eos: bool
     language_tokens: LanguageTokens | None

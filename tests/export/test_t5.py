@@ -352,6 +352,12 @@ def test_a_task_is_told_by_a_prefix(directory: Path, capsys: pytest.CaptureFixtu
     assert told in capsys.readouterr().err
 
 
+def test_no_words_come_before_a_languages_token(tmp_path: Path) -> None:
+    directory = write(tmp_path / "madlad", theirs(), model=pieces(languages=("de", "fr")))
+    with pytest.raises(ExportError, match=r"^source_prefix: sources of this model start with a language's token"):
+        export(directory, source_prefix="a man: ")
+
+
 @pytest.mark.parametrize("prefix", [" ", "\u2581"], ids=["blank", "a space"])
 def test_a_prefix_of_no_tokens_is_refused(directory: Path, prefix: str) -> None:
     with pytest.raises(ExportError, match=r"source_prefix: .* has no tokens of its own"):
