@@ -52,17 +52,19 @@ def draw_samples(checkpoint: Checkpoint, *, calibrate: bool) -> Samples:
             with the first, and the rest for the certificate. Without, the first 32 are for the certificate.
 
     Raises:
-        ExportError: both sides are wanted, and there is but one sample.
+        ExportError: both sides are wanted, and there is but one sample; or what is around every text leaves no place for one.
     """
     wanted = _MAX_TOGETHER if calibrate else _MAX_ALONE
     source: SampleSource = "sentences" if checkpoint.sample_lines else "random_ids"
     texts = _sentences(checkpoint) if checkpoint.sample_lines else _random_ids(checkpoint, wanted)
     # Which languages the lines are of is not known: each direction has its turn.
-    templates = _templates(checkpoint)
+    templates, longest = _templates(checkpoint), checkpoint.config.max_positions
+    if (taken := max(template.num_tokens for template in templates)) >= longest:
+        raise ExportError(f"source_prefix: takes {taken} of a source's {longest} tokens, with language and end; no text fits in")
     # By their ids: two lines may differ in nothing that the model sees.
     drawn: dict[tuple[int, ...], Sample] = {}
     for number, text in enumerate(texts):
-        sample = templates[number % len(templates)].around(text, checkpoint.config.max_positions)
+        sample = templates[number % len(templates)].around(text, longest)
         drawn.setdefault(sample.source_ids, sample)
     different = list(drawn.values())[:wanted]
     if not calibrate:
@@ -83,9 +85,14 @@ class _Template:
     after_source: tuple[int, ...]
     target_prefix: tuple[int, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of a source, without its text."""
+        return len(self.before_source) + len(self.after_source)
+
     def around(self, text: Sequence[int], longest: int) -> Sample:
-        """The sample of a text, which is cut to fit into ``longest`` tokens."""
-        kept = text[: longest - len(self.before_source) - len(self.after_source)]
+        """The sample of a text, which is cut to fit into ``longest`` tokens: more than ``num_tokens``."""
+        kept = text[: longest - self.num_tokens]
         return Sample((*self.before_source, *kept, *self.after_source), self.target_prefix)
 
 

@@ -67,6 +67,16 @@ def test_lines_that_are_the_same_once_they_are_cut_are_one(tmp_path: Path) -> No
     assert_apart(samples)
 
 
+def test_what_is_around_a_text_leaves_place_for_a_token(tmp_path: Path) -> None:
+    """A prefix, a language, and the end."""
+    told = LanguageTokens(tokens=CODES, before_source="source", before_target=False)
+    checkpoint = replace(checkpoint_of(tmp_path, MANY_LINES[:3], max_positions=8), language_tokens=told, languages=[])
+    fits, does_not = (replace(checkpoint, source_prefix=(5,) * number) for number in (5, 6))
+    assert {len(sample.source_ids) for sample in draw_samples(fits, calibrate=False).certify} == {8}
+    with pytest.raises(ExportError, match=r"^source_prefix: takes 8 of a source's 8 tokens, .* no text fits in$"):
+        draw_samples(does_not, calibrate=False)
+
+
 @pytest.mark.parametrize("lines", [["a man"], ["a man", "a man", " a  man"]], ids=["one", "the same again"])
 def test_one_sentence_cannot_be_for_both(tmp_path: Path, lines: list[str]) -> None:
     checkpoint = checkpoint_of(tmp_path, lines)
