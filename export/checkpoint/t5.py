@@ -37,6 +37,7 @@ from export.checkpoint.hugging_face import (
     ACTIVATIONS,
     CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
     added_tokens,
     is_of_type,
     one_of,
@@ -304,7 +305,10 @@ def _read_pieces(directory: Path, settings: Mapping[str, Any], faults: list[str]
         processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
         model = sentencepiece_model_pb2.ModelProto.FromString(serialized)  # type: ignore[attr-defined]  # made at import
     except FileNotFoundError:
-        faults.append(f"{SENTENCEPIECE_NAME}: is missing")
+        fault = f"{SENTENCEPIECE_NAME}: is missing"
+        if (directory / TOKENIZER_NAME).exists():
+            fault += f"; {TOKENIZER_NAME} is not read in its place: put the model's SentencePiece file there"
+        faults.append(fault)
         return None
     except (OSError, RuntimeError) as error:
         faults.append(f"{SENTENCEPIECE_NAME}: is no SentencePiece model: {error}")

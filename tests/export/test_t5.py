@@ -328,6 +328,14 @@ def test_tensors_that_are_wrong_are_told_by_their_names(directory: Path) -> None
     ]
 
 
+def test_a_tokenizer_of_another_form_alone(directory: Path) -> None:
+    (directory / "spiece.model").unlink()
+    (directory / "tokenizer.json").write_text("{}")
+    assert faults_of(directory) == (
+        "spiece.model: is missing; tokenizer.json is not read in its place: put the model's SentencePiece file there",
+    )
+
+
 def test_a_broken_sentencepiece_model(directory: Path) -> None:
     (directory / "spiece.model").write_bytes(b"no model")
     (fault,) = faults_of(directory)
