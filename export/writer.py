@@ -41,7 +41,7 @@ def write_bundle(
     """Write a bundle; on any error, and on a kill, nothing of it is left at ``directory``.
 
     Args:
-        directory: the bundle's place; its parents are made when they are missing.
+        directory: the bundle's place; its parents are made when they are missing, and stay if it is written.
         files: contents, or the file to copy or to take, by name in the bundle; without the manifest.
         manifest: the rest of the manifest.
         overwrite: replace the bundle that is there, whole; it stays until the new one is complete on disk.
@@ -55,7 +55,7 @@ def write_bundle(
         check_destination(directory, overwrite=overwrite)
         if faults := manifest_faults(manifest, files):
             raise ExportError("\n  ".join(["the bundle would be unusable:", *faults]))
-        with _partial_directory(place) as partial:
+        with _parents(place), _partial_directory(place) as partial:
             entries = {name: _write(partial / name, contents) for name, contents in files.items()}
             text = Manifest.model_validate({**dict(manifest), "files": entries}).model_dump_json(indent=2) + "\n"
             # As a reader has it, whose version is of every field that stands there.
@@ -97,6 +97,7 @@ def working_directory(directory: Path) -> Iterator[Path]:
         try:
             place = Path(os.path.realpath(directory))
             _clear_up(place)
+            stack.enter_context(_parents(place))
             working = stack.enter_context(_partial_directory(place))
         except OSError as error:
             raise ExportError(f"bundle {directory} could not be written: {error}") from error
@@ -104,9 +105,21 @@ def working_directory(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """The directories that ``place`` is in; those that had to be made are gone afterwards, where nothing came into them."""
+    missing = [parent for parent in place.parents if not parent.exists()]  # the innermost first
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for parent in missing:
+            with suppress(OSError):  # a bundle is there, or it was never made
+                parent.rmdir()
+
+
+@contextmanager
 def _partial_directory(place: Path) -> Iterator[Path]:
     """A locked hidden directory beside ``place``; gone afterwards, unless it was renamed."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.parent / f"{_partial_prefix(place)}{secrets.token_hex(4)}"
     partial.mkdir()  # with the umask's rights: the one who serves may be another than the one who exports
     try:

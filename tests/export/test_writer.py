@@ -81,6 +81,27 @@ def test_a_working_directory_that_cannot_be_made(place: Path) -> None:
         pytest.fail("there is no such directory")
 
 
+@pytest.mark.parametrize("others", [(), ("a/other",)], ids=["alone", "beside another"])
+def test_parents_that_were_made_go_with_an_export_that_fails(tmp_path: Path, others: tuple[str, ...]) -> None:
+    place = tmp_path / "a" / "b" / "tiny"
+
+    def fail() -> None:
+        assert place.parent.is_dir()
+        for other in others:
+            (tmp_path / other).mkdir()
+        raise RuntimeError("no export")
+
+    with pytest.raises(RuntimeError, match="no export"), working_directory(place):
+        fail()
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == ({"a", *others} if others else set())
+
+
+def test_parents_that_were_there_stay(place: Path) -> None:
+    with pytest.raises(RuntimeError, match="no export"), working_directory(place):
+        raise RuntimeError("no export")
+    assert os.listdir(place.parent) == []
+
+
 def test_others_may_read_it(place: Path) -> None:
     write_bundle(place, FILES, draft())
     umask = os.umask(0)
