@@ -59,7 +59,8 @@ def export_bundle(
     """Export a checkpoint.
 
     The module and the runtime's sessions are never in memory together, and nobody holds the weights of a graph twice: an export
-    takes less than twice the bytes of the parameters in float32, and a few hundred megabytes for the libraries.
+    of safetensors to fp32 or int8 takes less than twice the bytes of the parameters in float32, and a few hundred megabytes for
+    the libraries; formats whose tensors are made anew may take more.
 
     Args:
         checkpoint: a directory that ``export.checkpoint`` can read.
@@ -73,9 +74,9 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the destination is taken, ``source_prefix`` has no tokens of its own, no place in a source or leaves none for a text,
-            ``precision`` is not for this model, there is one sample sentence for two purposes, the graphs are too far from the
-            model, or the bundle could not be written.
+        ExportError: the destination is taken, ``source_prefix`` has no tokens of its own or no place, ``precision`` is not for
+            this model, there is one sample sentence for two purposes, the graphs are too far from the model, or the bundle could
+            not be written.
     """
     check_destination(bundle, overwrite=overwrite)
     source = _with_prefix(read_checkpoint(checkpoint), source_prefix)
