@@ -240,12 +240,12 @@ def test_a_beam_of_any_width_that_the_model_allows_runs_offline(loaded: dict[str
 def test_a_refusal_of_the_server_is_waited_for(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = 0
 
-    def submit(sequences: Any) -> None:
+    def submit(sequences: Any, *, continued: bool = False) -> None:
         nonlocal refused
         refused += 1
         if refused < 3:
             raise OverloadedError("queue_full", 0.0)
-        ScriptedEngine.submit(engine, sequences)
+        ScriptedEngine.submit(engine, sequences, continued=continued)
 
     monkeypatch.setattr(engine, "submit", submit)
     with running_server(engine) as server:
