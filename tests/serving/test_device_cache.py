@@ -476,5 +476,5 @@ def test_a_graph_of_rows_that_cannot_be_loaded_is_the_bundles_fault(fp32_bundle:
     directory = tmp_path / "broken"
     shutil.copytree(fp32_bundle.directory, directory)
     (directory / CACHE_ROWS_NAME).write_bytes(b"no graph")
-    with pytest.raises(BundleError, match="cache_rows.onnx: is no ONNX model"):
+    with pytest.raises(BundleError, match=r"cache_rows\.onnx: is no ONNX model"):
         DeviceModelSession(replace(fp32_bundle, directory=directory), device="cpu")
