@@ -235,10 +235,12 @@ class TextPreparer:
                 its text is blank.
         """
         ids = prefix_ids(text, field_name, self.tokenizer, self.limits.max_target_tokens)
-        if ids and not source_tokens:
+        if not ids:
+            return ()
+        if not source_tokens:
             raise InvalidRequestError(field_name, "belongs to a blank text, whose translation is blank")
-        _, longest = self._lengths(options, source_tokens, len(ids))
-        if ids and len(ids) >= longest:
+        _, longest = self._lengths(self._with_defaults(options), source_tokens, len(ids))
+        if len(ids) >= longest:
             reason = f"has {len(ids)} tokens; must be shorter than its translation, which has at most {longest}"
             raise InvalidRequestError(field_name, reason)
         return ids
@@ -250,16 +252,16 @@ class TextPreparer:
             InvalidRequestError: naming the option that asks for attention.
         """
         if options.needs_attention or options.coverage_penalty:
-            check_attention(options, ((source, self._lengths(options, source, prefix)[1]) for source, prefix in lengths))
+            filled = self._with_defaults(options)
+            check_attention(options, ((source, self._lengths(filled, source, prefix)[1]) for source, prefix in lengths))
 
     def _lengths(self, options: RequestOptions, source_tokens: int, prefix_tokens: int) -> tuple[int, int]:
-        """Fewest and most target tokens.
+        """Fewest and most target tokens, by options that have the model's defaults.
 
         The default of the most is twice the source and 32 more: far above what a translation takes, and low enough that a
         hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing. Where the
         model has a default of its own, it is the lower of the two; and it is 32 more than a prefix at least.
         """
-        options = self._with_defaults(options)
 
         def times_source(ratio: float) -> float:
             return round(ratio * source_tokens, 9)  # 0.29 x 100 is a little less than 29

@@ -74,9 +74,9 @@ def test_what_is_cut_may_have_an_end_at_no_cost(min_target_tokens: int) -> None:
     row = (5, -0.5, 6, -1.0)
     assert _advance(search, row, row).finished == []
     assert _advance(search, row, row).finished == [0, 1]
-    cut = {"finish_reason": FinishReason.LENGTH, "target_tokens": 2}
-    assert search.hypotheses(0) == (Hypothesis(target_ids=(5,), score=-0.5, **cut),)  # type: ignore[arg-type]
-    assert search.hypotheses(1) == (Hypothesis(target_ids=(5, 5), score=-1.0, **cut),)  # type: ignore[arg-type]
+    cut = FinishReason.LENGTH
+    assert search.hypotheses(0) == (Hypothesis(target_ids=(5,), score=-0.5, finish_reason=cut, target_tokens=2),)
+    assert search.hypotheses(1) == (Hypothesis(target_ids=(5, 5), score=-1.0, finish_reason=cut, target_tokens=2),)
     # The option moves with its source.
     search.add(0, options)
     search.leave(1)
