@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from tqdm import tqdm
 
-from serving.bundle import LanguagePair, Precision, describe, read_bundle
+from serving.bundle import LanguagePair, Precision, read_bundle
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import ExportError, OnnxlateError
+from serving.inspection import describe
 from serving.version import package_version
 
 if TYPE_CHECKING:
