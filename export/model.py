@@ -49,8 +49,10 @@ class ModelConfig(BaseModel):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
-    # "post": LayerNorm(x + Sublayer(x)), the paper's (3.1). "pre": x + Sublayer(LayerNorm(x)), with a norm after the last layer.
+    # "post": LayerNorm(x + Sublayer(x)), the paper's (3.1). "pre": x + Sublayer(LayerNorm(x)).
     norm: NormPlacement = "post"
+    # A norm after the last layer; None: where norms come first, because a stack of the others ends in one already.
+    final_norm: bool | None = None
     # "rms" divides by the root mean square, and has neither mean nor bias.
     norm_kind: Norm = "layer"
     activation: Activation = "relu"
@@ -394,8 +396,9 @@ class Transformer(nn.Module):
 
 
 def final_norm(config: ModelConfig) -> nn.Module:
-    """The norm after the last layer: pre-norm stacks need one, post-norm stacks end in one already."""
-    return make_norm(config) if config.norm == "pre" else nn.Identity()
+    """What comes after the last layer."""
+    has_norm = config.norm == "pre" if config.final_norm is None else config.final_norm
+    return make_norm(config) if has_norm else nn.Identity()
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from export.checkpoint.marian_npz import MarianNpzReader
 from export.checkpoint.native import NativeReader, write_native_checkpoint
 from export.checkpoint.opennmt_py import OpenNmtPyReader
 from export.checkpoint.t5 import T5Reader
+from export.checkpoint.torch_transformer import TorchTransformerReader
 from export.checkpoint.unknown import unknown_faults
 from export.checkpoint.zipped import ZipReader
 from serving.errors import CheckpointError
@@ -24,6 +25,7 @@ __all__ = ["SAMPLES_NAME", "Checkpoint", "build_model", "read_checkpoint", "with
 
 _DIRECTORY_READERS: tuple[CheckpointReader, ...] = (
     NativeReader(),
+    TorchTransformerReader(),
     MarianReader(),
     ArgosReader(),
     MarianBinaryReader(),

@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from export.checkpoint.base import SAMPLES_NAME, Checkpoint, read_samples, shared_names, tensor_faults
+from export.checkpoint.described import CONFIG_NAME, Description, find_tokenizer_files, mentions, read_description
 from export.model import ModelConfig
-from serving.bundle import AnyTokenizerSpec, LanguagePair, field_faults, name_fault, revision_fault
+from serving.bundle import AnyTokenizerSpec, LanguagePair
 from serving.errors import CheckpointError
-from serving.tokenizers import open_tokenizer
 from serving.tokenizers.base import contents_of
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_REVISION = 1
 
@@ -35,17 +32,10 @@ _FORMAT: Literal["onnxlate-checkpoint"] = "onnxlate-checkpoint"
 _STORED_TYPES = (torch.float16, torch.float32)
 
 
-class _NativeConfig(BaseModel):
+class _NativeConfig(Description):
     """What ``config.json`` holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format: Literal["onnxlate-checkpoint"]
-    format_revision: int
-    name: str = Field(min_length=1)
-    languages: list[LanguagePair]
-    tokenizer: AnyTokenizerSpec
-    model: ModelConfig
 
 
 class NativeReader:
@@ -55,10 +45,7 @@ class NativeReader:
 
     def recognizes(self, directory: Path) -> bool:
         """Whether ``config.json`` mentions the format; a broken one is still this format, and ``read`` tells what is wrong."""
-        try:
-            return f'"{_FORMAT}"'.encode() in (directory / CONFIG_NAME).read_bytes()
-        except OSError:
-            return False
+        return mentions(directory, _FORMAT)
 
     def read(self, directory: Path) -> Checkpoint:
         """Read and check the whole checkpoint.
@@ -66,9 +53,9 @@ class NativeReader:
         Raises:
             CheckpointError: with every fault. Other files are looked at only when ``config.json`` can be read.
         """
-        config = _read_config(directory)
+        config = read_description(directory, _NativeConfig, _SUPPORTED_REVISIONS)
         faults: list[str] = []
-        tokenizer_files = _tokenizer_files(directory, config, faults)
+        tokenizer_files = find_tokenizer_files(directory, config, faults)
         tensors, weights_sha256 = _read_tensors(directory, config.model, faults)
         sample_lines = read_samples(directory, faults)
         if faults:
@@ -144,36 +131,6 @@ def write_native_checkpoint(
         model=config,
     )
     (directory / CONFIG_NAME).write_text(document.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _read_config(directory: Path) -> _NativeConfig:
-    try:
-        raw: Any = from_json((directory / CONFIG_NAME).read_bytes())
-    except ValueError as error:
-        raise CheckpointError(directory, [f"{CONFIG_NAME}: is not JSON: {error}"]) from error
-    if fault := revision_fault(raw, _SUPPORTED_REVISIONS, "read it with a version of onnxlate that knows it"):
-        raise CheckpointError(directory, [f"{CONFIG_NAME}: {fault}"])
-    try:
-        return _NativeConfig.model_validate(raw)
-    except ValidationError as error:
-        raise CheckpointError(directory, [f"{CONFIG_NAME}: {fault}" for fault in field_faults(error.errors())]) from error
-
-
-def _tokenizer_files(directory: Path, config: _NativeConfig, faults: list[str]) -> dict[str, Path | bytes]:
-    """The tokenizer's files by name; what is wrong with them goes to ``faults``."""
-    spec = config.tokenizer
-    files: dict[str, Path | bytes] = {name: directory / name for name in spec.file_names}
-    found = [fault for name in files if (fault := name_fault(name))]
-    if not found:
-        found = [f"{name}: is missing" for name in files if not (directory / name).is_file()]
-    if not found:
-        try:
-            tokenizer = open_tokenizer(spec, files)
-            found = tokenizer.vocabulary_faults(config.model.source_vocab_size, config.model.target_vocab_size)
-        except (OSError, ValueError) as error:
-            found = [str(error)]
-    faults += found
-    return files
 
 
 def _read_tensors(directory: Path, config: ModelConfig, faults: list[str]) -> tuple[dict[str, Tensor], str]:
