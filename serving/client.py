@@ -25,10 +25,12 @@ from serving.pb import translation_pb2 as pb
 from serving.remote_answers import (
     ModelInfo,
     RemoteHypothesis,
+    RemoteScore,
     RemoteTranslation,
     StreamedPiece,
     TextTimings,
     model_info_of,
+    score_of,
     translation_of,
 )
 from serving.remote_errors import call_of, error_of, server_wait_s
@@ -38,6 +40,7 @@ __all__ = [
     "DecodingOptions",
     "ModelInfo",
     "RemoteHypothesis",
+    "RemoteScore",
     "RemoteTranslation",
     "RetryPolicy",
     "StreamedPiece",
@@ -156,6 +159,7 @@ class TranslationClient:
             ],
         )
         self._translate = self._method("Translate", pb.TranslateResponse)
+        self._score = self._method("Score", pb.ScoreResponse)
         self._model_info = self._method("GetModelInfo", pb.GetModelInfoResponse)
         self._translate_stream: Any = self._channel.unary_stream(
             f"/{_SERVICE}/TranslateStream",
@@ -273,6 +277,40 @@ class TranslationClient:
         finally:
             call.cancel()
 
+    def score(
+        self,
+        texts: Sequence[str],
+        targets: Sequence[str] = (),
+        *,
+        target_tokens: Sequence[Sequence[str]] = (),
+        source_language: str = "",
+        target_language: str = "",
+        timeout_s: float | None = None,
+    ) -> list[RemoteScore]:
+        """How probable the model finds given translations; answers are in their order.
+
+        Args:
+            texts: as for ``translate``.
+            targets: one for each text.
+            target_tokens: instead of ``targets``, as the model's vocabulary spells them; without the end of the sentence.
+            source_language: as for ``translate``.
+            target_language: likewise.
+            timeout_s: instead of the client's.
+
+        Raises:
+            OnnxlateError: as ``translate``.
+        """
+        request = _message(
+            pb.ScoreRequest,
+            texts=texts,
+            targets=_strings("targets", targets),
+            target_tokens=_token_sequences("target_tokens", target_tokens),
+            source_language=source_language,
+            target_language=target_language,
+        )
+        response: pb.ScoreResponse = self._call(lambda left_s: self._score(request, timeout=left_s), timeout_s)
+        return [score_of(score) for score in response.scores]
+
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """What the server serves, and what it allows.
 
@@ -343,6 +381,11 @@ def _strings(field: str, values: Sequence[str]) -> Sequence[str]:
     return values
 
 
+def _token_sequences(field: str, sequences: Sequence[Sequence[str]]) -> list[pb.TokenSequence]:
+    named = [_strings(f"{field}[{place}]", tokens) for place, tokens in enumerate(sequences)]
+    return [_message(pb.TokenSequence, tokens=tokens) for tokens in named]
+
+
 def _options(options: DecodingOptions) -> pb.DecodingOptions:
     # The protocol's fields know presence: None leaves one unset.
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -354,6 +397,5 @@ def _options(options: DecodingOptions) -> pb.DecodingOptions:
         if name in given:
             given[name] = _strings(f"options.{name}", given[name])
     if (sequences := options.get("suppressed_sequences")) is not None:
-        named = [_strings(f"options.suppressed_sequences[{place}]", tokens) for place, tokens in enumerate(sequences)]
-        given["suppressed_sequences"] = [_message(pb.TokenSequence, tokens=tokens) for tokens in named]
+        given["suppressed_sequences"] = _token_sequences("options.suppressed_sequences", sequences)
     return _message(pb.DecodingOptions, **given)

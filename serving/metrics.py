@@ -66,7 +66,9 @@ class ServiceMetrics:
             "onnxlate_rows_per_step", "Rows that step together.", buckets=ROW_BUCKETS, registry=registry
         )
         self._source_tokens = Counter("onnxlate_source_tokens", "Source tokens encoded, padding not counted.", registry=registry)
-        self._target_tokens = Counter("onnxlate_target_tokens", "Target tokens of best hypotheses.", registry=registry)
+        self._target_tokens = Counter(
+            "onnxlate_target_tokens", "Target tokens of best hypotheses, and of scored targets.", registry=registry
+        )
         finished = Counter("onnxlate_sequences_finished", "Sequences ended, by reason.", ("reason",), registry=registry)
 
         self._rows_in_use = Gauge("onnxlate_rows_in_use", "Cache rows held by sequences.", ("worker",), registry=registry)

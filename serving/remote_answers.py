@@ -65,6 +65,24 @@ class RemoteTranslation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteScore:
+    """How probable the model finds one target."""
+
+    # As the vocabulary spells them, the end-of-sentence token last; none where text and target are blank.
+    tokens: tuple[str, ...]
+    # Of each token, natural logarithm, and their sum.
+    log_probs: tuple[float, ...]
+    log_prob: float
+    source_tokens: int
+    timings: TextTimings
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Of a token, the end-of-sentence token counted; 0 where there are none."""
+        return self.log_prob / max(1, len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedPiece:
     """A piece of a streamed translation."""
 
@@ -108,14 +126,29 @@ def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
             for hypothesis in text.hypotheses
         ),
         source_tokens=text.source_tokens,
-        timings=TextTimings(
-            queue_s=text.timings.queue_seconds,
-            encode_s=text.timings.encode_seconds,
-            decode_s=text.timings.decode_seconds,
-            steps=text.timings.steps,
-            mean_rows_per_step=text.timings.mean_rows_per_step,
-        ),
+        timings=_timings(text.timings),
         source_pieces=tuple(text.source_pieces),
+    )
+
+
+def score_of(score: pb.TargetScore) -> RemoteScore:
+    """What the model thinks of one target."""
+    return RemoteScore(
+        tokens=tuple(score.tokens),
+        log_probs=tuple(score.log_probs),
+        log_prob=score.log_prob,
+        source_tokens=score.source_tokens,
+        timings=_timings(score.timings),
+    )
+
+
+def _timings(timings: pb.TextTimings) -> TextTimings:
+    return TextTimings(
+        queue_s=timings.queue_seconds,
+        encode_s=timings.encode_seconds,
+        decode_s=timings.decode_seconds,
+        steps=timings.steps,
+        mean_rows_per_step=timings.mean_rows_per_step,
     )
 
 

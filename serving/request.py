@@ -78,6 +78,9 @@ class DecodingOptions:
     target_prefix: tuple[int, ...] = ()
     # So many tokens of the prefix, from its start, are the model's own (the token of a language) and no part of the answer.
     hidden_prefix_tokens: int = 0
+    # Not empty: what comes after the prefix is given as well, up to the end-of-sentence token, its last. Nothing is searched for;
+    # what is asked is how probable the model finds each token. Greedy only; rules for single tokens do not hold for them.
+    given_target: tuple[int, ...] = ()
     # With beams: whether a source is done when ``patience`` times beam_size hypotheses have ended (as CTranslate2 does), or only
     # when none that runs could still become one of the best (as Hugging Face does).
     early_stopping: bool = False

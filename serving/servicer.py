@@ -16,9 +16,10 @@ from serving.errors import ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.pb import translation_pb2_grpc as pb_grpc
 from serving.preparation import ModelDescription, TextHypothesis, Translation
-from serving.request import Alternatives, FinishReason, Sampling
+from serving.request import Alternatives, FinishReason, Sampling, SequenceTimings
 from serving.request_options import RequestOptions
-from serving.translator import StreamCommand, StreamPiece, TranslateCommand, Translator
+from serving.scoring import ScoredTarget
+from serving.translator import ScoreCommand, StreamCommand, StreamPiece, TranslateCommand, Translator
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
 
@@ -64,12 +65,25 @@ class TranslationServicer(pb_grpc.TranslationServicer):
         translations = await translator.translate(command)
         return pb.TranslateResponse(
             translations=[_translated_text(translation) for translation in translations],
-            timings=pb.RequestTimings(
-                total_seconds=self._clock() - started_at_s,
-                queue_seconds=max(t.timings.queue_s for t in translations),
-                encode_seconds=max(t.timings.encode_s for t in translations),
-                decode_seconds=max(t.timings.decode_s for t in translations),
-            ),
+            timings=_request_timings(self._clock() - started_at_s, [t.timings for t in translations]),
+        )
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        """See translation.proto."""
+        translator = self._ready()
+        started_at_s = self._clock()
+        command = ScoreCommand(
+            texts=request.texts,
+            targets=request.targets,
+            target_tokens=[sequence.tokens for sequence in request.target_tokens],
+            source_language=request.source_language,
+            target_language=request.target_language,
+            deadline_s=self._deadline_s(context, translator),
+        )
+        scored = await translator.score(command)
+        return pb.ScoreResponse(
+            scores=[_target_score(target) for target in scored],
+            timings=_request_timings(self._clock() - started_at_s, [target.timings for target in scored]),
         )
 
     async def TranslateStream(
@@ -180,18 +194,40 @@ def _sampling(sampling: pb.Sampling) -> Sampling:
     return Sampling(top_k=value("top_k"), top_p=value("top_p"), temperature=value("temperature"), seed=value("seed"))
 
 
+def _request_timings(total_s: float, timings: list[SequenceTimings]) -> pb.RequestTimings:
+    return pb.RequestTimings(
+        total_seconds=total_s,
+        queue_seconds=max(of_text.queue_s for of_text in timings),
+        encode_seconds=max(of_text.encode_s for of_text in timings),
+        decode_seconds=max(of_text.decode_s for of_text in timings),
+    )
+
+
+def _text_timings(timings: SequenceTimings) -> pb.TextTimings:
+    return pb.TextTimings(
+        queue_seconds=timings.queue_s,
+        encode_seconds=timings.encode_s,
+        decode_seconds=timings.decode_s,
+        steps=timings.steps,
+        mean_rows_per_step=timings.mean_rows_per_step,
+    )
+
+
+def _target_score(scored: ScoredTarget) -> pb.TargetScore:
+    return pb.TargetScore(
+        tokens=scored.tokens,
+        log_probs=scored.log_probs,
+        log_prob=scored.log_prob,
+        source_tokens=scored.source_tokens,
+        timings=_text_timings(scored.timings),
+    )
+
+
 def _translated_text(translation: Translation) -> pb.TranslatedText:
-    timings = translation.timings
     return pb.TranslatedText(
         hypotheses=[_hypothesis(hypothesis) for hypothesis in translation.hypotheses],
         source_tokens=translation.source_tokens,
-        timings=pb.TextTimings(
-            queue_seconds=timings.queue_s,
-            encode_seconds=timings.encode_s,
-            decode_seconds=timings.decode_s,
-            steps=timings.steps,
-            mean_rows_per_step=timings.mean_rows_per_step,
-        ),
+        timings=_text_timings(translation.timings),
         source_pieces=translation.source_pieces,
     )
 

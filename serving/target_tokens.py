@@ -62,13 +62,19 @@ def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[
 
 
 def _named_ids(tokens: Iterable[str], field_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    ids = []
-    for token in tokens:
-        found = tokenizer.target_id(token)
-        if found is None:
-            raise InvalidRequestError(field_name, f"{token[:40]!r} is no token of text in the model's target vocabulary")
-        ids.append(found)
-    return tuple(ids)
+    return tuple(named_id(token, field_name, tokenizer) for token in tokens)
+
+
+def named_id(token: str, field_name: str, tokenizer: Tokenizer) -> int:
+    """The id of a token as the vocabulary spells it.
+
+    Raises:
+        InvalidRequestError: naming ``field_name``: the target does not have it, or it is no text.
+    """
+    found = tokenizer.target_id(token)
+    if found is None:
+        raise InvalidRequestError(field_name, f"{token[:40]!r} is no token of text in the model's target vocabulary")
+    return found
 
 
 def prefix_ids(text: str, field_name: str, tokenizer: Tokenizer, most_tokens: int) -> tuple[int, ...]:

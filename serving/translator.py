@@ -1,4 +1,4 @@
-"""Text in, translations out: where text stops.
+"""Text in, translations or scores out: where text stops.
 
 Knows the preparer, the engine's narrow face and the event loop it answers on; does not know messages, gRPC, graphs or scheduling.
 """
@@ -18,6 +18,7 @@ from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
 from serving.request import DecodingOptions, Outcome, Sequence
 from serving.request_options import RequestOptions, check_bias, check_prefixes, check_streamed
+from serving.scoring import ScoredTarget, TargetScorer, check_targets
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
@@ -61,6 +62,21 @@ class StreamCommand:
     source_language: str = ""
     target_language: str = ""
     options: RequestOptions = field(default_factory=RequestOptions)
+    # Monotonic seconds.
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreCommand:
+    """Say how probable the model finds these translations of these texts."""
+
+    texts: Sequence_[str]
+    # One for each text, all of them as text or all as tokens that the vocabulary spells so.
+    targets: Sequence_[str] = ()
+    target_tokens: Sequence_[Sequence_[str]] = ()
+    # Empty: whatever the model translates.
+    source_language: str = ""
+    target_language: str = ""
     # Monotonic seconds.
     deadline_s: float
 
@@ -111,10 +127,7 @@ class Translator:
         preparer.check_options(command.options)
         preparer.check_count(len(command.texts), command.options)
         check_prefixes(command.target_prefixes, len(command.texts), command.options)
-        # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
-        wanted = sum(1 for text in command.texts if text and not text.isspace())
-        if wanted:
-            self._engine.check_room(wanted * command.options.sequences_per_text)
+        self._check_room(command.texts, command.options.sequences_per_text)
         turn = _Turn(self._clock)
         tokens = preparer.target_tokens(command.options)
         sources, prefixes = [], []
@@ -157,6 +170,41 @@ class Translator:
                 translations.append(preparer.blank(command.options))
             await turn.over()
         return translations
+
+    async def score(self, command: ScoreCommand) -> list[ScoredTarget]:
+        """Score the target of every text of ``command``, answers in its order.
+
+        When this is cancelled, or one fails, the engine is told to drop the others.
+
+        Raises:
+            InvalidRequestError: as ``translate``; or a target is no text of the model's target, or too long.
+            OverloadedError, ShuttingDownError, DeadlineExceededError, EngineError: as ``translate``.
+        """
+        arrived_at_s = self._clock()
+        preparer, scorer = self.preparer, TargetScorer(preparer=self.preparer)
+        direction = preparer.direction(command.source_language, command.target_language)
+        preparer.check_count(len(command.texts), RequestOptions())
+        check_targets(len(command.texts), command.targets, command.target_tokens)
+        self._check_room(command.texts)
+        name = "target_tokens" if command.target_tokens else "targets"
+        turn = _Turn(self._clock)
+        # Of each text, the ids of its source and of its target.
+        pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for index, (text, target) in enumerate(zip(command.texts, command.target_tokens or command.targets, strict=True)):
+            source_ids = preparer.source_ids(text, f"texts[{index}]", direction)
+            pairs.append((source_ids, scorer.target_ids(target, f"{name}[{index}]", len(source_ids))))
+            await turn.over()
+        self._check_time(command.deadline_s)
+
+        asked = [(source_ids, scorer.decoding_options(target_ids, direction)) for source_ids, target_ids in pairs if source_ids]
+        outcomes: list[Outcome] = []
+        if asked:
+            outcomes = await self._decode(asked, arrived_at_s=arrived_at_s, expires_at_s=command.deadline_s, continued=False)
+        scored, in_turn = [], iter(outcomes)
+        for source_ids, target_ids in pairs:
+            scored.append(scorer.scored(target_ids, len(source_ids), next(in_turn)) if source_ids else ScoredTarget())
+            await turn.over()
+        return scored
 
     async def stream(self, command: StreamCommand) -> AsyncGenerator[StreamPiece, None]:
         """Translate one text, telling its text as soon as nothing can change it; the last piece carries the whole translation.
@@ -210,6 +258,12 @@ class Translator:
         rest = detokenizer.push(tokens.take()) + detokenizer.finish()
         attended = preparer.attended(command.text, command.options, direction)
         yield StreamPiece(text_delta=rest, translation=preparer.translation(len(source), tokens.outcome, attended))
+
+    def _check_room(self, texts: Sequence_[str], sequences_per_text: int = 1) -> None:
+        # Before the work of tokenizing: a refusal is cheap, or a storm of them would keep the loop from everybody else.
+        wanted = sum(1 for text in texts if text and not text.isspace())
+        if wanted:
+            self._engine.check_room(wanted * sequences_per_text)
 
     def _check_time(self, deadline_s: float) -> None:
         if self._clock() >= deadline_s:

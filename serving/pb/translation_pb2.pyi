@@ -192,6 +192,42 @@ class TranslateStreamResponse(_message.Message):
     translation: TranslatedText
     def __init__(self, text_delta: _Optional[str] = ..., translation: _Optional[_Union[TranslatedText, _Mapping]] = ...) -> None: ...
 
+class ScoreRequest(_message.Message):
+    __slots__ = ("texts", "targets", "target_tokens", "source_language", "target_language")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    targets: _containers.RepeatedScalarFieldContainer[str]
+    target_tokens: _containers.RepeatedCompositeFieldContainer[TokenSequence]
+    source_language: str
+    target_language: str
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., targets: _Optional[_Iterable[str]] = ..., target_tokens: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., source_language: _Optional[str] = ..., target_language: _Optional[str] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("scores", "timings")
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    scores: _containers.RepeatedCompositeFieldContainer[TargetScore]
+    timings: RequestTimings
+    def __init__(self, scores: _Optional[_Iterable[_Union[TargetScore, _Mapping]]] = ..., timings: _Optional[_Union[RequestTimings, _Mapping]] = ...) -> None: ...
+
+class TargetScore(_message.Message):
+    __slots__ = ("tokens", "log_probs", "log_prob", "source_tokens", "timings")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    log_probs: _containers.RepeatedScalarFieldContainer[float]
+    log_prob: float
+    source_tokens: int
+    timings: TextTimings
+    def __init__(self, tokens: _Optional[_Iterable[str]] = ..., log_probs: _Optional[_Iterable[float]] = ..., log_prob: _Optional[float] = ..., source_tokens: _Optional[int] = ..., timings: _Optional[_Union[TextTimings, _Mapping]] = ...) -> None: ...
+
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

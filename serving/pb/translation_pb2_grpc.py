@@ -44,6 +44,11 @@ class TranslationStub:
                 request_serializer=serving_dot_pb_dot_translation__pb2.TranslateStreamRequest.SerializeToString,
                 response_deserializer=serving_dot_pb_dot_translation__pb2.TranslateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/onnxlate.v1.Translation/Score',
+                request_serializer=serving_dot_pb_dot_translation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=serving_dot_pb_dot_translation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/onnxlate.v1.Translation/GetModelInfo',
                 request_serializer=serving_dot_pb_dot_translation__pb2.GetModelInfoRequest.SerializeToString,
@@ -69,6 +74,14 @@ class TranslationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Tells how probable the model finds given translations, token by token. Answers are in the order of the texts. All texts of a
+        request are admitted, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """What is served: languages, limits, precision, version.
         """
@@ -88,6 +101,11 @@ def add_TranslationServicer_to_server(servicer, server):
                     servicer.TranslateStream,
                     request_deserializer=serving_dot_pb_dot_translation__pb2.TranslateStreamRequest.FromString,
                     response_serializer=serving_dot_pb_dot_translation__pb2.TranslateStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=serving_dot_pb_dot_translation__pb2.ScoreRequest.FromString,
+                    response_serializer=serving_dot_pb_dot_translation__pb2.ScoreResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -149,6 +167,33 @@ class Translation:
             '/onnxlate.v1.Translation/TranslateStream',
             serving_dot_pb_dot_translation__pb2.TranslateStreamRequest.SerializeToString,
             serving_dot_pb_dot_translation__pb2.TranslateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/onnxlate.v1.Translation/Score',
+            serving_dot_pb_dot_translation__pb2.ScoreRequest.SerializeToString,
+            serving_dot_pb_dot_translation__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

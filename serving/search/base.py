@@ -97,6 +97,7 @@ class LaneSearch(ABC):
     def add(self, slot: int, options: DecodingOptions, source_tokens: int = 0) -> None:
         """Start a source of so many tokens, which need not be told where its attention is not, in a slot that is free."""
         assert options.beam_size == self.width, "a lane holds one beam width"
+        assert not options.given_target or self.width == 1, "of a target that is given there is one hypothesis"
         self.next_ids[slot] = self._decoder_start_id
         self.num_tokens[slot] = 0
         self._options[slot] = options
@@ -114,7 +115,10 @@ class LaneSearch(ABC):
 
     def needs_logits(self, num_slots: int) -> bool:
         """Whether the next step of the first ``num_slots`` slots needs the logits of all tokens."""
-        return any(rules is not None for rules in self._rules[:num_slots]) if self._num_ruled else False
+        if not self._num_ruled:
+            return False
+        are_ruled = any(rules is not None for rules in self._rules[:num_slots])
+        return are_ruled or any(options.given_target for options in self._options[:num_slots])
 
     @property
     def needs_attention(self) -> bool:
@@ -162,11 +166,31 @@ class LaneSearch(ABC):
                 # One continuation, of the first row: what the other rows have is no better than anything.
                 log_probs[slot] = -np.inf
                 ids[slot, 0, 0], log_probs[slot, 0, 0] = options.target_prefix[position], 0.0
+            elif options.given_target:
+                assert logits is not None
+                self._give(options.given_target[position - len(options.target_prefix)], ids[slot], log_probs[slot], logits[slot])
             elif rules is not None:
                 assert logits is not None
                 for row in range(self.width):
                     decoded = self.tokens[slot, row, :position].tolist()
                     ids[slot, row], log_probs[slot, row] = rules.candidates(logits[slot, row], decoded, ids.shape[2])
+
+    @staticmethod
+    def _give(token: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
+        """Put a token of a target that is given in the place of the best candidate of its only row.
+
+        All log-probabilities of a row are as far below its logits as the best candidate's is, so that the graph's own sum over
+        the vocabulary serves here too.
+
+        Args:
+            token: which.
+            ids: [1, K], of the candidates.
+            log_probs: [1, K].
+            logits: [1, V].
+        """
+        best = ids[0, 0]
+        log_probs[0, 0] = float(log_probs[0, 0]) + (float(logits[0, token]) - float(logits[0, best]))
+        ids[0, 0] = token
 
     def _end_what_is_cut(self, num_slots: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> None:
         """Leave the end-of-sentence token alone to hypotheses whose last token this is, where that is how they are cut."""
@@ -274,4 +298,4 @@ def _longer(array: NDArray[_Number], capacity_tokens: int) -> NDArray[_Number]:
 
 
 def _is_ruled(options: DecodingOptions) -> bool:
-    return bool(options.target_prefix) or options.has_token_rules
+    return bool(options.target_prefix) or bool(options.given_target) or options.has_token_rules
