@@ -70,8 +70,10 @@ class FakeClock:
 def shouted(sequence: Sequence) -> Outcome:
     """A translation: the source in capitals. Each further hypothesis has one more exclamation mark, and a score lower by 1.
 
-    Each token attends to the source's token in the same place, and a little to the first.
+    Each token attends to the source's token in the same place, and a little to the first. A target that is given is kept.
     """
+    if sequence.options.given_target:
+        return scored(sequence)
     text = ByteTokenizer().decode(sequence.source_ids).upper()
     longest = sequence.options.max_target_tokens
     hypotheses = []
@@ -92,6 +94,21 @@ def shouted(sequence: Sequence) -> Outcome:
         )
     timings = SequenceTimings(queue_s=0.25, encode_s=0.5, decode_s=1.0, steps=7, mean_rows_per_step=3.5)
     return Outcome(hypotheses=tuple(hypotheses), timings=timings)
+
+
+def scored(sequence: Sequence) -> Outcome:
+    """Of a target that is given: -0.25 for its first token, -0.5 for the second, and so on."""
+    *ids, _ = sequence.options.given_target
+    token_scores = tuple(-0.25 * (i + 1) for i in range(len(ids) + 1))
+    hypothesis = Hypothesis(
+        target_ids=tuple(ids),
+        score=sum(token_scores),
+        finish_reason=FinishReason.EOS,
+        target_tokens=len(token_scores),
+        token_scores=token_scores,
+    )
+    timings = SequenceTimings(queue_s=0.25, encode_s=0.5, decode_s=1.0, steps=len(token_scores), mean_rows_per_step=3.5)
+    return Outcome(hypotheses=(hypothesis,), timings=timings)
 
 
 def diagonal(target_tokens: int, source_tokens: int) -> NDArray[np.float32]:

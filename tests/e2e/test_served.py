@@ -231,6 +231,43 @@ def test_attention_is_told_on_request_and_to_nobody_else(client: TranslationClie
         assert all(len(row) == len(one.source_pieces) and 0 < sum(row) < 1 + 1e-6 for row in hypothesis.attention)
 
 
+def test_scores_of_targets_do_not_depend_on_what_else_is_asked(client: TranslationClient) -> None:
+    pairs = [(line, other) for line in ENGLISH_LINES[:12] for other in (line, ENGLISH_LINES[3], "")]
+    together = client.score([text for text, _ in pairs], [target for _, target in pairs])
+    with ThreadPoolExecutor(8) as pool:
+        translations = pool.map(lambda line: client.translate([line], beam_size=3, max_target_tokens=20), ENGLISH_LINES)
+        alone = list(pool.map(lambda pair: client.score([pair[0]], [pair[1]])[0], pairs))
+        list(translations)
+    assert [one.log_probs for one in alone] == [one.log_probs for one in together]
+    for (_, target), one in zip(pairs, together, strict=True):
+        assert (one.tokens[-1], len(one.tokens) == 1) == ("</s>", not target)
+        assert len(one.log_probs) == len(one.tokens) == one.timings.steps
+        assert one.log_prob == pytest.approx(sum(one.log_probs))
+        assert all(log_prob <= 0 for log_prob in one.log_probs)
+
+
+def test_a_translation_is_scored_as_it_was_translated(client: TranslationClient) -> None:
+    lines = list(ENGLISH_LINES)
+    translated = [one.hypotheses[0] for one in client.translate(lines, return_token_scores=True, max_target_tokens=20)]
+    scored = client.score(lines, target_tokens=[one.target_pieces for one in translated])
+    # Their ends apart: the random model has none.
+    assert [one.log_probs[:-1] for one in scored] == [one.token_scores for one in translated]
+
+
+def test_targets_that_cannot_be_scored_are_named(client: TranslationClient) -> None:
+    limits = client.model_info()
+    with pytest.raises(InvalidRequestError, match=r"^targets\[1\]: has .* tokens with the end-of-sentence token"):
+        client.score(["a", "a"], ["a", "a b c d e f g h " * limits.max_target_tokens])
+    with pytest.raises(InvalidRequestError, match=r"^targets\[0\]: holds characters"):
+        client.score(["a"], ["漢"])
+    for token in ("</s>", "<s>", "<pad>", "no such token"):
+        with pytest.raises(InvalidRequestError, match=r"^target_tokens\[0\]: .* is no token of text"):
+            client.score(["a"], target_tokens=[[token]])
+    # Spelled out in a text it is text, if the vocabulary has its characters at all.
+    with pytest.raises(InvalidRequestError, match=r"^targets\[0\]: holds characters"):
+        client.score(["a"], ["</s>"])
+
+
 def test_target_lengths_are_kept(client: TranslationClient) -> None:
     for line in ENGLISH_LINES[:4]:
         (translation,) = client.translate([line], beam_size=3, num_hypotheses=3, min_target_tokens=5, max_target_tokens=7)

@@ -172,6 +172,30 @@ def test_a_stream_tells_the_text_in_pieces(client: TranslationClient) -> None:
     assert pieces[-1].translation.text == "GRÜN"
 
 
+def test_scores_of_targets(client: TranslationClient, engine: ScriptedEngine) -> None:
+    first, second = client.score(["ab", "c"], ["xyz", ""], source_language="en", target_language="de")
+    assert (first.tokens, first.log_probs) == (("x", "y", "z", "<1>"), (-0.25, -0.5, -0.75, -1.0))
+    assert (first.log_prob, first.mean_log_prob, first.source_tokens, first.timings.steps) == (-2.5, -0.625, 3, 4)
+    assert (second.tokens, second.mean_log_prob) == (("<1>",), -0.25)
+    (by_tokens,) = client.score(["ab"], target_tokens=[first.tokens[:-1]])
+    assert by_tokens == first
+    (blank,) = client.score([""], [""])
+    assert (blank.tokens, blank.log_prob, blank.mean_log_prob) == ((), 0.0, 0.0)
+    assert len(engine.submitted) == 3
+
+
+def test_targets_out_of_bounds_are_named(client: TranslationClient, engine: ScriptedEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^targets: must be as many as texts, 2, not 1"):
+        client.score(["a", "b"], ["c"])
+    with pytest.raises(InvalidRequestError, match=r"^targets\[1\]: has 65 tokens"):
+        client.score(["a", "b"], ["c", "d" * 64])
+    with pytest.raises(InvalidRequestError, match=r"^targets: must be strings, not one string"):
+        client.score(["a"], "b")
+    with pytest.raises(InvalidRequestError, match=r"^target_tokens\[0\]: must be strings, not one string"):
+        client.score(["a"], target_tokens=["b"])
+    assert engine.submitted == []
+
+
 def test_model_info(client: TranslationClient) -> None:
     info = client.model_info()
     assert (info.name, info.version, info.precision, info.device) == ("shout", "0123abcd", "fp32", "cpu")

@@ -223,6 +223,75 @@ def test_greedy_equals_a_plain_loop(engine: Engine, tiny_bundle: Bundle) -> None
         assert outcome.hypotheses == (plain_greedy(session, ids, options),)
 
 
+def given(target: tuple[int, ...], prefix: tuple[int, ...] = ()) -> DecodingOptions:
+    """As a target is scored after a prefix that is the model's own."""
+    return DecodingOptions(
+        length_penalty=0.0,
+        max_target_tokens=len(prefix) + len(target) + 1,
+        return_token_scores=True,
+        target_prefix=prefix,
+        hidden_prefix_tokens=len(prefix),
+        given_target=(*target, 3),
+    )
+
+
+def given_work(count: int, seed: int) -> list[tuple[tuple[int, ...], DecodingOptions]]:
+    rng = random.Random(seed)
+    lengths = [0, 1, 4, 9, 20, 70]
+    targets = [tuple(rng.randrange(4, 64) for _ in range(rng.choice(lengths))) for _ in range(count)]
+    sources = [ids for ids, _ in random_work(count, seed)]
+    return [(ids, given(target, (40,) * (i % 2))) for i, (ids, target) in enumerate(zip(sources, targets, strict=True))]
+
+
+def test_targets_that_are_given_are_scored_alike_alone_and_among_any_neighbours(engine: Engine) -> None:
+    asked, others = given_work(30, seed=11), random_work(20, seed=12)
+    others += list(zip([ids for ids, _ in others], RULED, strict=False))
+    work = [*asked, *others]
+    alone = [translate(engine, [one])[0].hypotheses for one in work]
+    random.Random(13).shuffle(order := list(range(len(work))))
+    assert [outcome.hypotheses for outcome in translate(engine, [work[i] for i in order])] == [alone[i] for i in order]
+
+
+def teacher_forced(session: ModelSession, source_ids: tuple[int, ...], options: DecodingOptions) -> list[float]:
+    """Log-probabilities of a given target off the decoder's logits alone, one source, nothing shared but the graphs."""
+    ids, lengths = pad_sources([source_ids], session.pad_id)
+    cache = LaneCache(session.geometry, num_slots=1, width=1, target_capacity=200, source_capacity=len(source_ids))
+    cache.write_source(0, session.encode(ids, lengths)[0], len(source_ids))
+    target_ids, positions = np.full((1, 1), session.decoder_start_id), np.zeros((1, 1), np.int32)
+    decoder = session.bind(cache, target_ids, positions, 2)
+    log_probs = []
+    for token in (*options.target_prefix, *options.given_target):
+        logits = decoder.step(1, int(positions.max()) + 1, logits_wanted=True).logits
+        assert logits is not None
+        row = logits[0, 0].astype(np.float64)
+        log_probs.append(float(row[token] - row.max() - np.log(np.exp(row - row.max()).sum())))
+        target_ids[...] = token
+        positions += 1
+    return log_probs[len(options.target_prefix) :]
+
+
+def test_scores_of_a_given_target_are_the_graphs_own(engine: Engine, tiny_bundle: Bundle) -> None:
+    session, work = open_session(tiny_bundle), given_work(30, seed=14)
+    for (ids, options), outcome in zip(work, translate(engine, work), strict=True):
+        (hypothesis,) = outcome.hypotheses
+        assert (*hypothesis.target_ids, 3) == options.given_target
+        assert hypothesis.token_scores == pytest.approx(teacher_forced(session, ids, options), abs=1e-5)
+        assert hypothesis.score == pytest.approx(sum(hypothesis.token_scores or ()), rel=1e-12)
+        assert outcome.timings.steps == len(options.target_prefix) + len(options.given_target)
+
+
+def test_what_was_decoded_greedily_is_scored_as_it_was_then(engine: Engine) -> None:
+    decoding = DecodingOptions(max_target_tokens=30, return_token_scores=True)
+    sources = [ids for ids, _ in random_work(20, seed=15)]
+    decoded = [outcome.hypotheses[0] for outcome in translate(engine, [(ids, decoding) for ids in sources])]
+    scored = translate(engine, [(ids, given(one.target_ids)) for ids, one in zip(sources, decoded, strict=True)])
+    for one, outcome in zip(decoded, scored, strict=True):
+        (again,) = outcome.hypotheses
+        # The random model does not end its sentences.
+        assert one.finish_reason is FinishReason.LENGTH
+        assert (again.target_ids, (again.token_scores or ())[:-1]) == (one.target_ids, one.token_scores)
+
+
 def test_targets_longer_than_the_first_cache(engine: Engine) -> None:
     options = DecodingOptions(beam_size=3, num_hypotheses=3, min_target_tokens=150, max_target_tokens=200)
     (outcome,) = translate(engine, [((5, 6, 7, 3), options)])

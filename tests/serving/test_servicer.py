@@ -112,6 +112,34 @@ async def test_a_stream_ends_with_the_translation(servicer: TranslationServicer)
     assert responses[-1].translation.hypotheses[0].text == "GRÜN"
 
 
+async def score(servicer: TranslationServicer, request: pb.ScoreRequest, call: Any = None) -> pb.ScoreResponse:
+    return await servicer.Score(request, call or Call())  # type: ignore[arg-type]  # a fake
+
+
+async def test_scores_hold_all_that_is_known(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
+    request = pb.ScoreRequest(texts=["ab", ""], targets=["x", ""], source_language="en", target_language="fr")
+    response = await score(servicer, request, Call(2.5))
+    scored, blank = response.scores
+    assert scored == pb.TargetScore(
+        tokens=["x", "<1>"],
+        log_probs=[-0.25, -0.5],
+        log_prob=-0.75,
+        source_tokens=3,
+        timings=pb.TextTimings(queue_seconds=0.25, encode_seconds=0.5, decode_seconds=1.0, steps=2, mean_rows_per_step=3.5),
+    )
+    assert blank == pb.TargetScore(timings=pb.TextTimings())
+    assert (response.timings.queue_seconds, response.timings.encode_seconds, response.timings.decode_seconds) == (0.25, 0.5, 1.0)
+    assert [sequence.expires_at_s for sequence in engine.submitted] == [NOW_S + 2.5]
+
+
+async def test_targets_may_come_as_tokens(servicer: TranslationServicer) -> None:
+    tokens = [pb.TokenSequence(tokens=["x", "y"]), pb.TokenSequence()]
+    response = await score(servicer, pb.ScoreRequest(texts=["a", "b"], target_tokens=tokens))
+    assert [list(scored.tokens) for scored in response.scores] == [["x", "y", "<1>"], ["<1>"]]
+    with pytest.raises(InvalidRequestError, match=r"^target_tokens\[1\]: 'xy' is no token of text"):
+        await score(servicer, pb.ScoreRequest(texts=["a", "b"], target_tokens=[*tokens[1:], pb.TokenSequence(tokens=["xy"])]))
+
+
 async def test_model_information(servicer: TranslationServicer) -> None:
     info = await servicer.GetModelInfo(pb.GetModelInfoRequest(), Call())  # type: ignore[arg-type]  # a fake
     assert (info.model_name, info.model_version, info.server_version) == ("shout", "0123abcd", "1.2.3")
@@ -126,9 +154,13 @@ async def test_model_information(servicer: TranslationServicer) -> None:
     assert not defaults.HasField("max_target_tokens")
 
 
-@pytest.mark.parametrize("method", ["Translate", "GetModelInfo"])
+@pytest.mark.parametrize("method", ["Translate", "Score", "GetModelInfo"])
 async def test_before_the_model_is_there_it_says_so(method: str) -> None:
-    requests: dict[str, Any] = {"Translate": pb.TranslateRequest(texts=["a"]), "GetModelInfo": pb.GetModelInfoRequest()}
+    requests: dict[str, Any] = {
+        "Translate": pb.TranslateRequest(texts=["a"]),
+        "Score": pb.ScoreRequest(texts=["a"], targets=["b"]),
+        "GetModelInfo": pb.GetModelInfoRequest(),
+    }
     with pytest.raises(ModelLoadingError, match="still loading"):
         await getattr(TranslationServicer(), method)(requests[method], Call())
     with pytest.raises(ModelLoadingError, match="still loading"):
