@@ -46,9 +46,23 @@ def check_targets(num_texts: int, targets: Collection[str], target_tokens: Colle
         raise InvalidRequestError(name, f"must be as many as texts, {num_texts}, not {count}")
 
 
+def scoring_options(target_ids: tuple[int, ...], direction: Direction = UNTOLD) -> DecodingOptions:
+    """How a target is decoded, ids of ``TargetScorer.target_ids``: as the model has it, without any of its default options."""
+    before = direction.before_target
+    return DecodingOptions(
+        # The score is a sum.
+        length_penalty=0.0,
+        max_target_tokens=len(before) + len(target_ids),
+        return_token_scores=True,
+        target_prefix=before,
+        hidden_prefix_tokens=len(before),
+        given_target=target_ids,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetScorer:
-    """What scoring takes of one model. Pure: the same text and target give the same ids."""
+    """Targets of one model. Pure: the same text and target give the same ids."""
 
     preparer: TextPreparer
 
@@ -85,19 +99,6 @@ class TargetScorer:
         unknown_id = tokenizer.unknown_target_id
         unknown = {} if unknown_id is None else {tokenizer.target_pieces([unknown_id])[0]: unknown_id}
         return tuple(unknown[token] if token and token in unknown else named_id(token, field_name, tokenizer) for token in tokens)
-
-    def decoding_options(self, target_ids: tuple[int, ...], direction: Direction = UNTOLD) -> DecodingOptions:
-        """How a target's ids of ``target_ids`` are scored: by the model alone, without any of its default options."""
-        before = direction.before_target
-        return DecodingOptions(
-            # The score is a sum.
-            length_penalty=0.0,
-            max_target_tokens=len(before) + len(target_ids),
-            return_token_scores=True,
-            target_prefix=before,
-            hidden_prefix_tokens=len(before),
-            given_target=target_ids,
-        )
 
     def scored(self, target_ids: tuple[int, ...], source_tokens: int, outcome: Outcome) -> ScoredTarget:
         """What a successful outcome says of a target's ids of ``target_ids``."""

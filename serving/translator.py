@@ -18,7 +18,7 @@ from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
 from serving.request import DecodingOptions, Outcome, Sequence
 from serving.request_options import RequestOptions, check_bias, check_prefixes, check_streamed
-from serving.scoring import ScoredTarget, TargetScorer, check_targets
+from serving.scoring import ScoredTarget, TargetScorer, check_targets, scoring_options
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
@@ -196,7 +196,7 @@ class Translator:
             await turn.over()
         self._check_time(command.deadline_s)
 
-        asked = [(source_ids, scorer.decoding_options(target_ids, direction)) for source_ids, target_ids in pairs if source_ids]
+        asked = [(source_ids, scoring_options(target_ids, direction)) for source_ids, target_ids in pairs if source_ids]
         outcomes: list[Outcome] = []
         if asked:
             outcomes = await self._decode(asked, arrived_at_s=arrived_at_s, expires_at_s=command.deadline_s, continued=False)

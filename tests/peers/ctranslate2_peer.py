@@ -84,6 +84,13 @@ class Peer:
         spelled = [tuple(self._ids[piece] for piece in pieces) for pieces in result.hypotheses]
         return list(zip(spelled, result.scores, strict=True))
 
+    def score(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[list[float]]:
+        """Log-probabilities of the tokens of each source's target, and of its end."""
+        results = self._translator.score_batch(
+            [self._spelled(source) for source, _ in pairs], [self._spelled_target(target) for _, target in pairs]
+        )
+        return [result.log_probs for result in results]
+
     def _spelled(self, ids: tuple[int, ...]) -> list[str]:
         """The tokens of a source."""
         return self._spelled_target(ids)

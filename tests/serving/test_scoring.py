@@ -16,7 +16,7 @@ from serving.errors import (
 )
 from serving.preparation import Direction, TextPreparer
 from serving.request import DecodingOptions, Outcome
-from serving.scoring import ScoredTarget, TargetScorer, check_targets
+from serving.scoring import ScoredTarget, TargetScorer, check_targets, scoring_options
 from serving.translator import ScoreCommand, Translator
 from tests.fakes import EOS_ID, UNKNOWN_ID, ByteTokenizer, FakeClock, ScriptedEngine, fake_limits, fake_preparer, hold
 
@@ -139,12 +139,15 @@ def test_there_is_a_target_for_each_text(targets: list[str], target_tokens: list
         check_targets(2, targets, target_tokens)
 
 
-def test_what_the_model_is_told_is_forced_and_its_default_options_do_not_hold() -> None:
+async def test_what_the_model_is_told_is_forced_and_its_default_options_do_not_hold(engine: ScriptedEngine) -> None:
     defaults = DefaultOptions(
         repetition_penalty=2.0, suppressed=[[5]], ends_when_cut=True, min_target_tokens=3, max_target_tokens=4
     )
-    scorer = TargetScorer(preparer=replace(fake_preparer(), defaults=defaults))
-    assert scorer.decoding_options((*ids("abcdef"), EOS_ID), Direction(before_target=(40, 41))) == DecodingOptions(
+    preparer = replace(fake_preparer(), defaults=defaults)
+    translator = Translator(preparer, engine, asyncio.get_running_loop())
+    await translator.score(command(("a", "abcdef")))
+    assert engine.submitted[0].options == scoring_options((*ids("abcdef"), EOS_ID))
+    assert scoring_options((*ids("abcdef"), EOS_ID), Direction(before_target=(40, 41))) == DecodingOptions(
         length_penalty=0.0,
         max_target_tokens=9,
         return_token_scores=True,
