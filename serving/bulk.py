@@ -27,6 +27,10 @@ _L = TypeVar("_L")
 _T = TypeVar("_T")
 
 
+# What of a line is in each of a request's fields.
+_OF_LINES = {"texts": "", "target_prefixes": "target prefix of ", "targets": "target of "}
+
+
 def read_lines(stream: BinaryIO, called: str = "line") -> Iterator[str]:
     """Lines of UTF-8 text without their ends. Only a line feed (after a carriage return or not) ends a line.
 
@@ -171,7 +175,9 @@ class _Line:
 def through_server(
     lines: Iterable[_L], translate: Callable[[list[_L]], list[_T]], *, lines_per_request: int, requests_in_flight: int
 ) -> Iterator[_T]:
-    """Translate lines by requests of several lines each. Lines before a bad request are still answered, then its error is raised.
+    """Translate lines, or score them, by requests of several lines each.
+
+    Lines before a bad request are still answered, then its error is raised.
 
     Args:
         lines: whatever ``translate`` takes for lines; read only as fast as requests are answered.
@@ -214,8 +220,7 @@ def _answer(first_number: int, future: Future[list[_T]]) -> list[_T]:
     try:
         return future.result()
     except InvalidRequestError as error:
-        place = re.fullmatch(r"(texts|target_prefixes)\[(\d+)\]", error.field)
+        place = re.fullmatch(rf"({'|'.join(_OF_LINES)})\[(\d+)\]", error.field)
         if place is None:
             raise
-        line = f"line {first_number + int(place[2])}"
-        raise InvalidRequestError(line if place[1] == "texts" else f"target prefix of {line}", error.reason) from error
+        raise InvalidRequestError(f"{_OF_LINES[place[1]]}line {first_number + int(place[2])}", error.reason) from error

@@ -1,4 +1,4 @@
-"""The command line: ``onnxlate serve | translate | inspect | export``.
+"""The command line: ``onnxlate serve | translate | score | inspect | export``.
 
 Knows options, their defaults and exit statuses: 0 done, 1 an error of ours (on stderr, without a traceback), 2 wrong usage. What
 the commands need is imported when they run, because no install has all of it.
@@ -23,9 +23,10 @@ from serving.inspection import describe
 from serving.version import package_version
 
 if TYPE_CHECKING:
-    from serving.client import RemoteTranslation
+    from serving.client import RemoteScore, RemoteTranslation
     from serving.preparation import Translation
     from serving.request_options import RequestOptions
+    from serving.scoring import ScoredTarget
 
 
 class _Seconds(click.FloatRange):
@@ -303,6 +304,76 @@ def _print_translations(translations: Iterable[Translation | RemoteTranslation],
                 text = "\t".join((text, " ".join(translation.source_pieces), " ".join(hypothesis.target_pieces), places))
             out.write(f"{text}\n".encode())
         out.flush()
+
+
+@main.command()
+@click.option("--server", metavar="HOST:PORT", help="Score by this server.")
+@click.option("--bundle", type=_DIRECTORY, help="Score with this bundle, in this process.")
+@click.option("--source-language", default="", show_default=False, help="Code of the language of the lines; may be left out.")
+@click.option("--target-language", default="", show_default=False, help="Code of the language of TARGETS; may be left out.")
+@click.option("--batch-size", type=_COUNT, default=32, help="Lines of one request.")
+@click.option("--in-flight", type=_COUNT, default=8, help="Requests at a time.")
+@click.option("--timeout", type=_SECONDS, default=60.0, help="Seconds for one request, retries included (--server).")
+@click.option("--threads", type=_COUNT, help="CPU threads (--bundle).  [default: the CPUs this process may use]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=_ENGINE.device, help="Where it runs (--bundle).")
+@click.argument("targets", type=_FILE)
+def score(
+    server: str | None,
+    bundle: Path | None,
+    source_language: str,
+    target_language: str,
+    batch_size: int,
+    in_flight: int,
+    timeout: float,
+    threads: int | None,
+    device: str,
+    targets: Path,
+) -> None:
+    """Tell how probable the lines of TARGETS are as translations of those of standard input, line by line, in order.
+
+    Each gives LOG-PROBABILITY<TAB>TOKENS: natural, of the whole target, and how many tokens that is, the end of the sentence
+    counted.
+    """
+    from serving.bulk import read_lines
+    from serving.bulk_scoring import Requests, scored_by_model, scored_by_server, with_targets
+    from serving.client import RetryPolicy, TranslationClient
+    from serving.model import load_model
+    from serving.observer import NullObserver
+
+    if (server is None) == (bundle is None):
+        raise click.UsageError("give either --server or --bundle")
+    requests = Requests(
+        source_language=source_language, target_language=target_language, lines_per_request=batch_size, in_flight=in_flight
+    )
+    with targets.open("rb") as stream:
+        pairs = with_targets(read_lines(sys.stdin.buffer), read_lines(stream, "target of line"))
+        if server is not None:
+            # As for translate.
+            with TranslationClient(server, timeout_s=timeout) as client:
+                requests = requests.of_at_most(client.model_info().max_texts_per_request)
+            with TranslationClient(server, timeout_s=timeout, retry=RetryPolicy(max_attempts=1000)) as client:
+                _print_scores(scored_by_server(pairs, client, requests))
+            return
+        assert bundle is not None
+        waiting = batch_size * in_flight
+        engine = _engine_config(
+            device=device,
+            threads=threads,
+            max_waiting_sequences=waiting,
+            max_waiting_tokens=waiting * _LIMITS.max_source_tokens,
+        )
+        model = load_model(bundle, engine, _LIMITS, NullObserver())
+        try:
+            requests = requests.of_at_most(model.preparer.limits.max_texts_per_request)
+            _print_scores(scored_by_model(pairs, model, requests))
+        finally:
+            model.engine.close()
+
+
+def _print_scores(scores: Iterable[ScoredTarget | RemoteScore]) -> None:
+    for scored in scores:
+        sys.stdout.buffer.write(f"{scored.log_prob:.6f}\t{len(scored.tokens)}\n".encode())
+        sys.stdout.buffer.flush()
 
 
 @main.command()

@@ -253,6 +253,85 @@ def test_a_refusal_of_the_server_is_waited_for(engine: ScriptedEngine, monkeypat
     assert (result.exit_code, result.stdout, refused) == (0, "A\n", 3)
 
 
+@pytest.fixture(params=["server", "bundle"])
+def score(request: pytest.FixtureRequest, engine: ScriptedEngine, tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """Runs ``onnxlate score`` on ``engine``: behind a server, or as a bundle of its own."""
+
+    def run_score(*where: str) -> Callable[..., Result]:
+        def scored(*options: str, stdin: bytes, targets: bytes) -> Result:
+            (tmp_path / "targets.txt").write_bytes(targets)
+            return run("score", *where, *options, str(tmp_path / "targets.txt"), stdin=stdin)
+
+        return scored
+
+    if request.param == "bundle":
+        request.getfixturevalue("loaded")
+        yield run_score("--bundle", "some/bundle")
+    else:
+        with running_server(engine) as server:
+            yield run_score("--server", server.address)
+
+
+def test_each_line_has_the_score_of_its_target(score: Callable[..., Result], engine: ScriptedEngine) -> None:
+    targets = b"".join(b"x" * (number % 5) + b"\n" for number in range(50))
+    result = score("--target-language", "de", "--in-flight", "3", stdin=b"a\n" * 50, targets=targets)
+    # A quarter for the first token, two for the second, and so on, the end counted.
+    expected = [(-0.25 * n * (n + 1) / 2, n) for n in (number % 5 + 1 for number in range(50))]
+    assert (result.exit_code, result.stdout) == (0, "".join(f"{total:.6f}\t{n}\n" for total, n in expected))
+    assert result.stderr == ""
+    assert len(engine.submitted) == 50
+
+
+def test_a_blank_line_has_a_blank_target(score: Callable[..., Result]) -> None:
+    result = score(stdin=b"\na\n", targets=b"\nb\n")
+    assert (result.exit_code, result.stdout) == (0, "0.000000\t0\n-0.750000\t2\n")
+
+
+@pytest.mark.parametrize(
+    ("stdin", "targets", "message", "answered"),
+    [
+        pytest.param(b"a\nb\n", b"c\n", "line 2: has no target: there are 1", 1, id="few targets"),
+        pytest.param(b"a\n", b"c\nd\n", "targets: must be as many as lines, 1, not more", 1, id="many targets"),
+        pytest.param(b"a\n" * 6, b"c\n" * 5 + b"d" * 64, "target of line 6: has 65 tokens", 4, id="long target"),
+        pytest.param(b"a\nb\n", b"c\n\xff\n", "target of line 2: is not UTF-8", 1, id="not UTF-8"),
+        pytest.param(b"a" * 32, b"c\n", "line 1: has 33 tokens", 0, id="long line"),
+    ],
+)
+def test_a_bad_target_is_named_after_the_lines_before_it(
+    score: Callable[..., Result], stdin: bytes, targets: bytes, message: str, answered: int
+) -> None:
+    result = score(stdin=stdin, targets=targets)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stdout.count("\n") == answered
+
+
+def test_an_engine_that_fails_scores_nothing(score: Callable[..., Result], engine: ScriptedEngine) -> None:
+    engine.script = lambda _: Outcome(error=EngineError("a graph failed"))
+    result = score(stdin=b"a\n", targets=b"b\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_the_engine_that_scores_has_room_for_all_requests_and_is_closed(
+    loaded: dict[str, Any], engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "targets.txt").write_bytes(b"b\n")
+    options = ["--batch-size", "7", "--in-flight", "3", "--threads", "2"]
+    assert run("score", "--bundle", "some/bundle", *options, str(tmp_path / "targets.txt"), stdin=b"a\n").exit_code == 0
+    config = loaded["config"]
+    assert (config.max_waiting_sequences, config.threads) == (21, 2)
+    assert config.max_waiting_tokens >= 21 * loaded["limits"].max_source_tokens
+    assert engine.closed
+
+
+@pytest.mark.parametrize("where", [[], ["--server", "a:1", "--bundle", "b"]], ids=["neither", "both"])
+def test_scores_come_from_one_place(where: list[str], tmp_path: Path) -> None:
+    (tmp_path / "targets.txt").touch()
+    result = run("score", *where, str(tmp_path / "targets.txt"))
+    assert result.exit_code == 2
+    assert "give either --server or --bundle" in result.stderr
+
+
 def test_no_server_is_one_line() -> None:
     result = run("translate", "--server", "127.0.0.1:1", "--timeout", "0.3", stdin=b"a\n")
     assert (result.exit_code, result.stdout) == (1, "")
