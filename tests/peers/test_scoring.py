@@ -106,7 +106,8 @@ def test_scores_are_those_of_hugging_face(subject: Subject, marian_directory: Pa
 def test_scores_of_imported_models_are_those_of_ctranslate2(exact: Imported) -> None:
     """Marian, M2M100, BART and OpenNMT's: with what each reads before and after a source, and before a target."""
     config, pieces, rng = exact.subject.checkpoint.config, exact.target_pieces, np.random.default_rng(3)
-    known = [i for i, piece in enumerate(pieces) if piece != only_ours(i) and i not in (config.eos_id, config.pad_id)]
+    unsaid = {config.eos_id, *config.never_decoded}
+    known = [i for i, piece in enumerate(pieces) if piece != only_ours(i) and i not in unsaid]
     sources, before = exact.sources(PAIRS), exact.target_prefix
     targets = [tuple(rng.choice(known, rng.integers(0, 15)).tolist()) for _ in sources]
     told = Direction(before_target=before)

@@ -166,6 +166,8 @@ def test_the_metrics_page_tells_of_requests_and_the_model() -> None:
         client.translate(["a"])
         assert metric(server, 'onnxlate_requests_total{code="OK",method="Translate"}') == "1.0"
         assert metric(server, 'onnxlate_requests_in_flight{method="Translate"}') == "0.0"
+        client.score(["a"], ["b"])
+        assert metric(server, 'onnxlate_requests_total{code="OK",method="Score"}') == "1.0"
         assert metric(server, 'onnxlate_rows_capacity{worker="1"}') == "16.0"
         labels = 'device="cpu",languages="en-de,en-fr,de-en",name="shout",precision="fp32",version="0123abcd"'
         assert metric(server, f"onnxlate_model_info{{{labels}}}") == "1.0"
