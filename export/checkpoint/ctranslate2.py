@@ -17,6 +17,7 @@ from torch import Tensor
 
 from export.checkpoint.base import Checkpoint, read_samples, shared_names, tensor_faults
 from export.checkpoint.ctranslate2_binary import ModelBinary, read_binary
+from export.checkpoint.ctranslate2_legacy import LEGACY_HEADS, LEGACY_REVISIONS, renamed
 from export.checkpoint.ctranslate2_tokens import TokenConfig, Tokens, number_tokens, ordered, read_config, read_vocabularies
 from export.checkpoint.ctranslate2_weights import Settings, read_positions, read_settings, read_tensors
 from export.checkpoint.marian_binary import is_marian_binary
@@ -27,8 +28,7 @@ from serving.errors import CheckpointError
 
 BINARY_NAME = "model.bin"
 _SPEC = "TransformerSpec"
-# Older ones have other names of variables.
-_SPEC_REVISIONS = range(3, 8)
+_SPEC_REVISIONS = {_SPEC: range(3, 8), **dict.fromkeys(LEGACY_HEADS, LEGACY_REVISIONS)}
 # What it is where config.json does not say.
 _LAYER_NORM_EPS = 1e-5
 # Further names by which SentencePiece models of source and target lie beside a model.
@@ -130,18 +130,19 @@ def read_directory(
 
 def _open(directory: Path, faults: list[str]) -> ModelBinary | None:
     try:
-        model = read_binary(directory / BINARY_NAME)
+        model = renamed(read_binary(directory / BINARY_NAME))
     except OSError as error:
         faults.append(f"{BINARY_NAME}: cannot be read: {error.strerror}")
         return None
     except ValueError as error:
         faults.append(f"{BINARY_NAME}: {error}")
         return None
-    if model.spec != _SPEC:
+    revisions = _SPEC_REVISIONS.get(model.spec)
+    if revisions is None:
         faults.append(f"{BINARY_NAME}: is of the kind {model.spec!r}; only {_SPEC}, an encoder and a decoder, is supported")
-    elif model.spec_revision not in _SPEC_REVISIONS:
-        known = f"{_SPEC_REVISIONS.start} to {_SPEC_REVISIONS.stop - 1}"
-        faults.append(f"{BINARY_NAME}: revision {model.spec_revision} of {_SPEC} is not supported, only {known}")
+    elif model.spec_revision not in revisions:
+        known = f"{revisions.start} to {revisions.stop - 1}"
+        faults.append(f"{BINARY_NAME}: revision {model.spec_revision} of {model.spec or _SPEC} is not supported, only {known}")
     return None if faults else model
 
 

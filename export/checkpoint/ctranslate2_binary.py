@@ -1,12 +1,15 @@
 """``model.bin`` of CTranslate2: variables by name, of several types, and other names for some of them.
 
-Knows the file's layout (binary versions 4 to 6) and how its quantized weights become numbers again; does not know what the
+Knows the file's layout (binary versions 1 to 6) and how its quantized weights become numbers again; does not know what the
 variables mean (``ctranslate2.py``). Little-endian throughout, one after the other:
 
 - binary version, uint32; name of the specification, string; its revision, uint32;
 - number of variables, uint32; of each: name, string; rank, uint8; dimensions, uint32 each; type, uint8 (an index of ``_DTYPES``);
   bytes, uint32; that many bytes, row by row;
 - number of aliases, uint32; of each: alias and the variable's name, strings.
+
+Version 1 has no specification, versions before 3 no aliases. Before version 4 the type is the bytes of one value (``_WIDTHS``),
+and what follows it is the number of values.
 
 A string is its length with the final zero, uint16, then its bytes and the zero. A weight of int8 has one scale a row in the
 variable ``NAME_scale``, one of int16 a single scale there: value = integer / scale. An alias of a weight is one of its scale too.
@@ -26,7 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BINARY_VERSIONS = range(4, 7)
+BINARY_VERSIONS = range(1, 7)
+# The first ones that have these.
+_SPEC_VERSION, _ALIASES_VERSION, _TYPES_VERSION = 2, 3, 4
+# What a file without a specification is of: no name, and the first revision.
+_FIRST_SPEC = ("", 1)
 
 # By the type's number in the file; bfloat16 is read as bits.
 _DTYPES: tuple[tuple[str, type[np.generic]], ...] = (
@@ -37,6 +44,8 @@ _DTYPES: tuple[tuple[str, type[np.generic]], ...] = (
     ("float16", np.float16),
     ("bfloat16", np.int16),
 )
+# By the bytes of a value, in files that do not state types.
+_WIDTHS = {4: _DTYPES[0], 1: _DTYPES[1], 2: _DTYPES[2]}
 _SCALE = "_scale"
 # The scale of int16 weights of old models, which do not have it in the file.
 _INT16_SCALE = 1000.0
@@ -157,14 +166,15 @@ def read_binary(path: Path) -> ModelBinary:
             f"binary version {version} is not supported, only {BINARY_VERSIONS.start} to {BINARY_VERSIONS.stop - 1}; "
             "or it is no model of CTranslate2"
         )
-    spec, spec_revision = cursor.string(), cursor.number("I")
+    spec, spec_revision = (cursor.string(), cursor.number("I")) if version >= _SPEC_VERSION else _FIRST_SPEC
     variables: dict[str, Variable] = {}
     for _ in range(cursor.number("I")):
         name = cursor.string()
         if name in variables:
             raise ValueError(f"{name}: is there twice")
-        variables[name] = cursor.variable(name)
-    aliases = {cursor.string(): cursor.string() for _ in range(cursor.number("I"))}
+        variables[name] = cursor.variable(name, states_type=version >= _TYPES_VERSION)
+    num_aliases = cursor.number("I") if version >= _ALIASES_VERSION else 0
+    aliases = {cursor.string(): cursor.string() for _ in range(num_aliases)}
     if cursor.offset != len(contents):
         raise ValueError(f"ends with {len(contents) - cursor.offset} bytes that belong to nothing")
     dangling = sorted(alias for alias, own in aliases.items() if own not in variables)
@@ -198,17 +208,19 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ValueError(f"a string at byte {start} is no text: {error}") from error
 
-    def variable(self, name: str) -> Variable:
-        """What follows a variable's name; its values are skipped."""
+    def variable(self, name: str, *, states_type: bool) -> Variable:
+        """What follows a variable's name, its type or only the width of a value; its values are skipped."""
         rank = self.number("B")
         if rank > _MAX_RANK:
             raise ValueError(f"{name}: has {rank} dimensions")
         shape = tuple(self.number("I") for _ in range(rank))
-        type_number = self.number("B")
-        if type_number >= len(_DTYPES):
-            raise ValueError(f"{name}: of a type with the number {type_number}, which is not known")
-        dtype, element = _DTYPES[type_number]
-        stated, needed = self.number("I"), math.prod(shape) * np.dtype(element).itemsize
+        kind = self.number("B")
+        if states_type and kind >= len(_DTYPES):
+            raise ValueError(f"{name}: of a type with the number {kind}, which is not known")
+        if not states_type and kind not in _WIDTHS:
+            raise ValueError(f"{name}: of values of {kind} bytes, which are of no known type")
+        dtype, element = _DTYPES[kind] if states_type else _WIDTHS[kind]
+        stated, needed = self.number("I") * (1 if states_type else kind), math.prod(shape) * np.dtype(element).itemsize
         if stated != needed:
             raise ValueError(f"{name}: of {stated} bytes, but {dtype} of shape {list(shape)} takes {needed}")
         return Variable(dtype, shape, self._take(stated, f"the values of {name}"))

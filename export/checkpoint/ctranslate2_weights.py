@@ -20,6 +20,7 @@ from torch import Tensor
 
 from export.checkpoint.base import alignment
 from export.checkpoint.ctranslate2_binary import ModelBinary
+from export.checkpoint.ctranslate2_legacy import LEGACY_HEADS
 from export.model import Activation, NormPlacement
 
 # The longest source that CTranslate2 takes if not told otherwise; a longer table of positions is cut.
@@ -31,14 +32,14 @@ PROJECTION = "decoder/projection"
 _ACTIVATIONS: dict[int, Activation] = {0: "relu", 1: "gelu_tanh", 2: "silu", 3: "gelu", 4: "gelu_sigmoid"}
 _ACTIVATION_NAMES = ("ReLU", "GELUTanh", "Swish", "GELU", "GELUSigmoid", "Tanh", "Sigmoid")
 # Settings by their last name: those that are read, and those that change nothing of what the module computes (how one would merge
-# several embeddings; details of what is off).
+# several embeddings; details of what is off; flags of what its own variables tell).
 _READ = frozenset(
     {
         *("activation", "alignment_heads", "alignment_layer", "multiply_by_sqrt_depth", "num_heads", "pre_norm"),
         *("scale_embeddings", "start_from_zero_embedding"),
     }
 )
-_IGNORED = frozenset({"alibi_use_positive_positions", "embeddings_merge", "scale_alibi"})
+_IGNORED = frozenset({"alibi_use_positive_positions", "embeddings_merge", "layernorm_embedding", "scale_alibi"})
 # Of files before config.json, which ``ctranslate2.py`` reads.
 _OLD_SETTINGS = frozenset(
     {
@@ -131,7 +132,7 @@ def read_settings(model: ModelBinary, faults: list[str]) -> Settings | None:
         return None
     d_model = shapes["target"][1]
     depths = {side: _depth(model, side, found) for side in SIDES}
-    num_heads = _agreed(model, "num_heads", found)
+    num_heads = _agreed(model, "num_heads", found, default=LEGACY_HEADS.get(model.spec))
     pre_norm = _agreed(model, "pre_norm", found, default=1)
     activation = _agreed(model, "activation", found, default=0)
     if activation is not None and activation not in _ACTIVATIONS:
@@ -323,7 +324,7 @@ def _setting(model: ModelBinary, side: str, name: str) -> float | int | None:
 
 
 def _decoder_setting(model: ModelBinary, name: str, default: int) -> int:
-    value = model.scalar(f"decoder/{name}")
+    value = _setting(model, "decoder", name)
     return default if value is None else int(value)
 
 

@@ -18,6 +18,7 @@ from export.checkpoint.ctranslate2_weights import position_table
 from serving.bundle import LanguageTokens
 from serving.errors import CheckpointError
 from serving.tokenizers import open_tokenizer
+from tests.ctranslate2_files import string
 from tests.support import tiny_sentencepiece
 from tests.vocabularies import marian_vocabulary
 
@@ -91,10 +92,6 @@ def variables(source_size: int = len(TOKENS), target_size: int = len(TOKENS)) ->
             linear(f"{layer}/ffn/linear_1", D_MODEL, D_FF)
             norm(f"{layer}/ffn/layer_norm")
     return found
-
-
-def string(text: str) -> bytes:
-    return struct.pack("<H", len(text.encode()) + 1) + text.encode() + b"\0"
 
 
 def variable(name: str, values: Any, type_name: str | None = None) -> bytes:
@@ -607,13 +604,13 @@ CUT = binary(variables())
         pytest.param(CUT + b"more", "ends with 4 bytes that belong to nothing", id="too long"),
         pytest.param(
             b"PK\x03\x04" + bytes(100),
-            "binary version 67324752 is not supported, only 4 to 6; or it is no model of CTranslate2",
+            "binary version 67324752 is not supported, only 1 to 6; or it is no model of CTranslate2",
             id="another file",
         ),
         pytest.param(
-            binary(variables(), version=3),
-            "binary version 3 is not supported, only 4 to 6; or it is no model of CTranslate2",
-            id="too old",
+            binary(variables(), version=7),
+            "binary version 7 is not supported, only 1 to 6; or it is no model of CTranslate2",
+            id="too new",
         ),
         pytest.param(
             binary({}, spec="WhisperSpec", revision=3),

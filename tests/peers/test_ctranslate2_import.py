@@ -262,10 +262,9 @@ def opennmt(
     return make
 
 
-def fill(spec: Any, source_size: int, target_size: int, *, positions: bool) -> None:
-    """Random weights for a ``TransformerSpec`` of width 32; markers are unlikely, the end of a sentence likely enough."""
+def fill(spec: Any, source_size: int, target_size: int, *, positions: bool, d_model: int = 32) -> None:
+    """Random weights for a ``TransformerSpec``; markers are unlikely, the end of a sentence likely enough."""
     rng = np.random.default_rng(7)
-    d_model = 32
 
     def normal(*shape: int, std: float = 0.5) -> Any:
         return rng.normal(scale=std, size=shape).astype(np.float32)
