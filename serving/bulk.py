@@ -111,7 +111,7 @@ def through_engine(
         while True:
             try:
                 number, (text, target_prefix) = next(numbered)
-                source = preparer.source_ids(text, f"line {number}", direction)
+                source = preparer.source_ids(text, f"line {number}", direction, max_tokens=options.max_source_tokens)
                 prefix = preparer.prefix_ids(target_prefix, f"target prefix of line {number}", options, len(source))
             except StopIteration:
                 break
@@ -121,7 +121,7 @@ def through_engine(
             while on_the_way and (is_full(len(source)) or on_the_way[0].ended.is_set()):
                 tokens -= len(on_the_way[0].source)
                 yield on_the_way.popleft().translation(preparer, options)
-            line = _Line(source)
+            line = _Line(source, prefix)
             if source:
                 line.attended = preparer.attended(text, options, direction)
                 now_s = time.monotonic()
@@ -154,6 +154,7 @@ def through_engine(
 @dataclass(slots=True)
 class _Line:
     source: tuple[int, ...]
+    prefix: tuple[int, ...]
     attended: AttendedSource | None = None
     sequence: Sequence | None = None
     outcome: Outcome | None = None
@@ -166,7 +167,7 @@ class _Line:
     def translation(self, preparer: TextPreparer, options: RequestOptions) -> Translation:
         self.ended.wait()
         if self.outcome is None:
-            return preparer.blank(options)
+            return preparer.blank(options, self.prefix)
         if self.outcome.error is not None:
             raise self.outcome.error
         return preparer.translation(len(self.source), self.outcome, self.attended)

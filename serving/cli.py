@@ -147,6 +147,7 @@ def serve(
 @click.option("--max-target-tokens", type=_COUNT, help="A translation is cut there; by default far above a line's length.")
 @click.option("--min-target-ratio", type=float, help="A translation does not end before so many times its line's tokens.")
 @click.option("--max-target-ratio", type=float, help="A translation is cut at so many times its line's tokens.")
+@click.option("--max-source-tokens", type=_COUNT, help="Cut a line of more tokens to so many; by default it is refused.")
 @click.option("--target-prefixes", type=_FILE, help="A file of as many lines: what each translation starts with.")
 @click.option("--prefix-bias", type=float, help="Pull towards prefixes this much, above 0 and below 1, instead of forcing them.")
 @click.option("--suppress", metavar="TEXT", multiple=True, help="A text that no translation has; may be repeated.")
@@ -171,6 +172,7 @@ def translate(
     max_target_tokens: int | None,
     min_target_ratio: float | None,
     max_target_ratio: float | None,
+    max_source_tokens: int | None,
     target_prefixes: Path | None,
     prefix_bias: float | None,
     suppress: tuple[str, ...],
@@ -202,6 +204,7 @@ def translate(
         max_target_tokens=max_target_tokens,
         min_target_ratio=min_target_ratio,
         max_target_ratio=max_target_ratio,
+        max_source_tokens=max_source_tokens,
         prefix_bias=prefix_bias,
         suppressed_texts=suppress,
         suppress_unknown=suppress_unknown,

@@ -111,6 +111,8 @@ class DecodingOptions(TypedDict, total=False):
     return_token_scores: bool | None
     # num_hypotheses translations that differ in the token after the prefix.
     alternatives: Alternatives | None
+    # Longer texts are cut to so many tokens; left out, those that are too long for the model are refused.
+    max_source_tokens: int | None
 
 
 class TranslationClient:

@@ -189,16 +189,19 @@ class TextPreparer:
             reason = f"makes {wanted} of {num_texts} texts, drawn or as alternatives; at most {self.limits.max_texts_per_request}"
             raise InvalidRequestError("options.num_hypotheses", reason)
 
-    def source_ids(self, text: str, field_name: str, direction: Direction = UNTOLD) -> tuple[int, ...]:
+    def source_ids(
+        self, text: str, field_name: str, direction: Direction = UNTOLD, *, max_tokens: int | None = None
+    ) -> tuple[int, ...]:
         """Tokens of one text, with what sources start and end with; empty for a blank text.
 
         Args:
             text: what to translate.
             field_name: how the protocol calls it, for example ``texts[3]``.
             direction: what the model is told of its languages.
+            max_tokens: ``max_source_tokens`` of its options.
 
         Raises:
-            InvalidRequestError: the text is longer than the model reads, or not text. Nothing is cut silently.
+            InvalidRequestError: the text is longer than the model reads, or not text. Nothing is cut that is not asked to be.
         """
         if not text or text.isspace():
             return ()
@@ -210,12 +213,25 @@ class TextPreparer:
         if not ids:
             return ()
         end = (self.eos_id,) if self.source_ends_with_eos else ()
-        source = (*direction.before_source, *ids, *end, *direction.after_source)
+        source = (*direction.before_source, *ids[: self._place_for_text(direction, max_tokens)], *end, *direction.after_source)
         if len(source) > longest:
             counted = " with the end-of-sentence token" if self.source_ends_with_eos else ""
             reason = f"has {len(source)} tokens{counted}; at most {longest} can be translated at once"
             raise InvalidRequestError(field_name, reason)
         return source
+
+    def _place_for_text(self, direction: Direction, max_tokens: int | None) -> int | None:
+        """How many tokens of its own a source may have that is cut to so many in all; None: it is not cut.
+
+        Raises:
+            InvalidRequestError: none.
+        """
+        if max_tokens is None:
+            return None
+        added = len(direction.before_source) + self.source_ends_with_eos + len(direction.after_source)
+        if max_tokens <= added:
+            raise InvalidRequestError("options.max_source_tokens", f"must be above {added}, the tokens that the model adds")
+        return max_tokens - added
 
     def target_tokens(self, options: RequestOptions) -> TargetTokens:
         """What checked options suppress and end at, as tokens; see ``target_tokens.target_tokens``."""
@@ -231,15 +247,15 @@ class TextPreparer:
             source_tokens: of its text; 0: that is blank.
 
         Raises:
-            InvalidRequestError: the prefix is not shorter than the translation may be, it is nothing that the model can write, or
-                its text is blank.
+            InvalidRequestError: the prefix is not shorter than the translation may be, or it is nothing that the model can write.
         """
         ids = prefix_ids(text, field_name, self.tokenizer, self.limits.max_target_tokens)
         if not ids:
             return ()
-        if not source_tokens:
-            raise InvalidRequestError(field_name, "belongs to a blank text, whose translation is blank")
-        _, longest = self._lengths(self._with_defaults(options), source_tokens, len(ids))
+        filled = self._with_defaults(options)
+        # What a prefix of a blank text may have, no length of its source says.
+        filled = filled if source_tokens else replace(filled, min_target_ratio=None, max_target_ratio=None)
+        _, longest = self._lengths(filled, source_tokens, len(ids))
         if len(ids) >= longest:
             reason = f"has {len(ids)} tokens; must be shorter than its translation, which has at most {longest}"
             raise InvalidRequestError(field_name, reason)
@@ -364,10 +380,18 @@ class TextPreparer:
             on_token=on_token,
         )
 
-    def blank(self, options: RequestOptions) -> Translation:
-        """A blank text has nothing to translate; its translation is certain and empty."""
-        score = 0.0 if options.return_scores else None
-        hypothesis = TextHypothesis(text="", score=score, finish_reason=FinishReason.EOS, target_tokens=0)
+    def blank(self, options: RequestOptions, prefix: tuple[int, ...] = ()) -> Translation:
+        """A blank text has nothing to translate: its translation is certain, and no more than its prefix, as CTranslate2 has it."""
+        ids = list(prefix)
+        pieces = self.tokenizer.target_pieces(ids) if options.return_attention or options.return_token_scores else ()
+        hypothesis = TextHypothesis(
+            text=self.tokenizer.decode(ids),
+            score=0.0 if options.return_scores else None,
+            finish_reason=FinishReason.EOS,
+            target_tokens=len(ids),
+            target_pieces=tuple(pieces),
+            token_scores=(0.0,) * len(ids) if options.return_token_scores else (),
+        )
         return Translation(hypotheses=(hypothesis,), source_tokens=0)
 
     def attended(self, text: str, options: RequestOptions, direction: Direction = UNTOLD) -> AttendedSource | None:
@@ -375,7 +399,7 @@ class TextPreparer:
         if not options.needs_attention:
             return None
         return AttendedSource(
-            pieces=tuple(self.tokenizer.source_pieces(text)),
+            pieces=tuple(self.tokenizer.source_pieces(text)[: self._place_for_text(direction, options.max_source_tokens)]),
             tokens_before=len(direction.before_source),
             is_told=bool(options.return_attention),
             replaces_unknowns=bool(options.replace_unknowns),

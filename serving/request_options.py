@@ -84,6 +84,8 @@ class RequestOptions:
     return_token_scores: bool | None = None
     # Hypotheses differ in the token after the prefix; default None.
     alternatives: Alternatives | None = None
+    # A text of more tokens, with those that the model adds, is cut to so many; default None, one that is too long is refused.
+    max_source_tokens: int | None = None
 
     @property
     def needs_attention(self) -> bool:
@@ -144,6 +146,8 @@ def check_options(options: RequestOptions, limits: TranslationLimits) -> None:
     if not (math.isfinite(penalty) and abs(penalty) <= _MAX_LENGTH_PENALTY):
         reason = f"must be from {-_MAX_LENGTH_PENALTY:g} to {_MAX_LENGTH_PENALTY:g}, not {penalty:g}"
         raise InvalidRequestError("options.length_penalty", reason)
+    if options.max_source_tokens is not None:
+        _bounded("max_source_tokens", options.max_source_tokens, 1, limits.max_source_tokens)
     _check_beams(options, beam_size)
     _check_token_rules(options, limits)
     _check_lists(options)

@@ -178,6 +178,7 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         coverage_penalty=value("coverage_penalty"),
         return_token_scores=value("return_token_scores"),
         alternatives=_alternatives(options.alternatives) if options.HasField("alternatives") else None,
+        max_source_tokens=value("max_source_tokens"),
     )
 
 

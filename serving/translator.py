@@ -132,7 +132,7 @@ class Translator:
         tokens = preparer.target_tokens(command.options)
         sources, prefixes = [], []
         for index, text in enumerate(command.texts):
-            sources.append(preparer.source_ids(text, f"texts[{index}]", direction))
+            sources.append(preparer.source_ids(text, f"texts[{index}]", direction, max_tokens=command.options.max_source_tokens))
             prefix = command.target_prefixes[index] if command.target_prefixes else ""
             prefixes.append(preparer.prefix_ids(prefix, f"target_prefixes[{index}]", command.options, len(sources[-1])))
             await turn.over()
@@ -167,7 +167,7 @@ class Translator:
                 attended = preparer.attended(command.texts[index], command.options, direction)
                 translations.append(preparer.translation(len(source), plans[index].outcome(), attended))
             else:
-                translations.append(preparer.blank(command.options))
+                translations.append(preparer.blank(command.options, prefixes[index]))
             await turn.over()
         return translations
 
@@ -221,13 +221,14 @@ class Translator:
         preparer.check_options(command.options)
         check_bias(command.options, is_prefixed=bool(command.target_prefix))
         check_streamed(command.options)
-        source = preparer.source_ids(command.text, "text", direction)
+        source = preparer.source_ids(command.text, "text", direction, max_tokens=command.options.max_source_tokens)
         prefix = preparer.prefix_ids(command.target_prefix, "target_prefix", command.options, len(source))
         preparer.check_attention(command.options, [(len(source), len(prefix))])
         target_tokens = preparer.target_tokens(command.options)
         self._check_time(command.deadline_s)
         if not source:
-            yield StreamPiece(text_delta="", translation=preparer.blank(command.options))
+            blank = preparer.blank(command.options, prefix)
+            yield StreamPiece(text_delta=blank.hypotheses[0].text, translation=blank)
             return
 
         tokens = _Tokens()

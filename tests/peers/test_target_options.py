@@ -78,7 +78,7 @@ class Pair:
         preparer.check_options(options)
         tokens, sequences = preparer.target_tokens(options), []
         for place, text in enumerate(self.sources):
-            source = preparer.source_ids(text, f"texts[{place}]")
+            source = preparer.source_ids(text, f"texts[{place}]", max_tokens=options.max_source_tokens)
             prefix = prefixes[place] if prefixes else ""
             sequence = preparer.sequence(
                 source,
@@ -284,3 +284,22 @@ def test_a_minimum_by_ratio(pair: Pair) -> None:
         )
         assert list(mine) == pair.tokenizer.convert_tokens_to_ids(result.hypotheses[0]), text
         assert len(mine) >= shortest
+
+
+@BEAM_SIZES
+def test_sources_are_cut_to_a_length(pair: Pair, beam_size: int) -> None:
+    # Those that the model adds are not cut: the last of them is the end of the sentence, for both.
+    options = asked(beam_size, max_source_tokens=6)
+    ids, _ = pair.translate(options)
+    check(pair, ids, pair.translate_by_peer(options, max_input_length=6))
+    assert changed(pair, beam_size, ids)
+
+
+def test_the_translation_of_nothing_is_its_prefix(pair: Pair) -> None:
+    prefix = next(prefix for prefix in pair.prefixes if len(prefix.split()) > 1)
+    preparer, options = pair.ours.preparer, asked(1, return_scores=True, return_token_scores=True)
+    for text in ("", prefix):
+        (mine,) = preparer.blank(options, preparer.prefix_ids(text, "target_prefixes[0]", options, 0)).hypotheses
+        pieces = pair.pieces(text, is_target=True)
+        (its,) = pair.theirs.translate_batch([["</s>"]], [pieces] if pieces else None, return_scores=True)
+        assert (mine.text, list(mine.target_pieces), mine.score) == (text, its.hypotheses[0], its.scores[0])

@@ -93,6 +93,22 @@ async def test_pieces_and_attention_come_with_every_hypothesis(engine: ScriptedE
     assert (blank.source_pieces, blank.hypotheses[0].target_pieces, blank.hypotheses[0].alignment) == ((), (), ())
 
 
+async def test_of_a_text_that_is_cut_what_was_read_is_told(engine: ScriptedEngine) -> None:
+    (translation,) = await translate(engine, "abcdef", return_attention=True, max_source_tokens=4)
+    assert translation.source_pieces == ("a", "b", "c")
+    attention = translation.hypotheses[0].attention
+    assert attention is not None
+    assert attention.shape[1] == 3
+
+
+async def test_a_prefix_of_a_blank_text_attends_to_nothing(engine: ScriptedEngine) -> None:
+    translator = Translator(fake_preparer(), engine, asyncio.get_running_loop())
+    options = RequestOptions(return_attention=True, replace_unknowns=True)
+    command = TranslateCommand(texts=(" ",), target_prefixes=("xy",), options=options, deadline_s=FAR_S)
+    ((hypothesis,),) = [translation.hypotheses for translation in await translator.translate(command)]
+    assert (hypothesis.target_pieces, hypothesis.attention, hypothesis.alignment) == (("x", "y"), None, ())
+
+
 async def test_nobody_is_told_what_nobody_asked_for(engine: ScriptedEngine) -> None:
     (plain,) = await translate(engine, "abc")
     (replaced,) = await translate(engine, "abc", replace_unknowns=True)

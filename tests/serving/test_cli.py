@@ -129,6 +129,16 @@ def test_options_reach_the_engine(translate: Translate, engine: ScriptedEngine) 
     assert (seen.min_target_tokens, seen.max_target_tokens) == (2, 9)
 
 
+def test_a_line_is_cut_where_it_is_asked_for(translate: Translate, engine: ScriptedEngine) -> None:
+    assert translate("--max-source-tokens", "3", stdin=b"abcd\nef\n").stdout == "AB\nEF\n"
+
+
+def test_the_prefix_of_a_blank_line_is_its_translation(translate: Translate, tmp_path: Path) -> None:
+    prefixes = tmp_path / "prefixes"
+    prefixes.write_bytes(b"\nx\n\n")
+    assert translate("--target-prefixes", str(prefixes), stdin=b"a\n\n\n").stdout == "A\nx\n\n"
+
+
 def test_what_is_asked_of_targets_reaches_the_engine(translate: Translate, engine: ScriptedEngine) -> None:
     options = ["--min-target-ratio", "0.5", "--max-target-ratio", "3", "--end-token", ".", "--end-token", "!"]
     options += ["--suppress", "xy", "--suppress", "z", "--suppress-unknown"]

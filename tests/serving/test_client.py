@@ -114,7 +114,7 @@ def test_options_reach_the_server(client: TranslationClient, engine: ScriptedEng
 
 def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, engine: ScriptedEngine) -> None:
     client.translate(
-        ["a", "b"],
+        ["abc", "b"],
         target_prefixes=["x", ""],
         prefix_bias=0.5,
         coverage_penalty=0.25,
@@ -124,6 +124,7 @@ def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, 
         max_target_ratio=2.0,
         end_tokens=["."],
         return_end_token=True,
+        max_source_tokens=2,
     )
     encode = ByteTokenizer().encode
     first, second = (sequence.options for sequence in engine.submitted)
@@ -132,6 +133,7 @@ def test_what_is_asked_of_targets_reaches_the_server(client: TranslationClient, 
     assert first.coverage_penalty == 0.25
     assert first.suppressed == ((UNKNOWN_ID,), tuple(encode("y")), tuple(encode(" y")), tuple(encode("yz")))
     assert (first.max_target_tokens, first.end_ids, first.return_end_token) == (4, tuple(encode(".")), True)
+    assert len(engine.submitted[0].source_ids) == 2
     list(client.translate_stream("a", target_prefix="x"))
     assert engine.submitted[2].options.target_prefix == tuple(encode("x"))
 

@@ -177,6 +177,35 @@ def test_the_source_language_may_stay_open_where_no_token_tells_it() -> None:
     assert told(before_source="target", before_target=False).direction("", "fr") == Direction(before_source=(903,))
 
 
+@pytest.mark.parametrize(
+    ("preparer", "source"),
+    [
+        (fake_preparer(), (*ByteTokenizer().encode("abcd"), EOS_ID)),
+        (replace(fake_preparer(), source_ends_with_eos=False), tuple(ByteTokenizer().encode("abcde"))),
+        (told(before_source="source", before_target=True), (902, *ByteTokenizer().encode("abc"), EOS_ID)),
+    ],
+    ids=["ended", "not ended", "language first"],
+)
+def test_what_the_model_adds_to_a_source_is_not_cut(preparer: TextPreparer, source: tuple[int, ...]) -> None:
+    direction = preparer.direction("en", "fr")
+    assert preparer.source_ids("abcdefg", "texts[0]", direction, max_tokens=5) == source
+    assert preparer.source_ids(" ", "texts[0]", direction, max_tokens=5) == ()
+
+
+def test_a_language_after_the_end_of_a_source_is_not_cut() -> None:
+    direction = Direction(before_source=(7,), after_source=(902,))
+    source = fake_preparer().source_ids("abcdefg", "texts[0]", direction, max_tokens=5)
+    assert source == (7, *ByteTokenizer().encode("ab"), EOS_ID, 902)
+    with pytest.raises(
+        InvalidRequestError, match=r"^options\.max_source_tokens: must be above 3, the tokens that the model adds"
+    ):
+        fake_preparer().source_ids("abcdefg", "texts[0]", direction, max_tokens=3)
+
+
+def test_no_length_of_a_blank_text_bounds_its_prefix() -> None:
+    assert len(fake_preparer().prefix_ids("abcd", "target_prefix", RequestOptions(max_target_ratio=1.0), 0)) == 4
+
+
 def test_language_tokens_spelled_out_in_a_text_stay_text() -> None:
     preparer = told(before_source="target", before_target=False)
     ids = preparer.source_ids(">>fr<< a", "texts[0]", preparer.direction("", "de"))
@@ -330,7 +359,7 @@ def test_a_prefix_that_is_shorter_than_its_translation(prefix: str, options: dic
         ("abc", {"max_target_tokens": 3}, 4, "has 3 tokens; must be shorter than its translation, which has at most 3"),
         ("abcd", {"max_target_ratio": 1.0}, 4, "has 4 tokens; must be shorter than its translation, which has at most 4"),
         ("a" * 64, {}, 4, "has 64 tokens; must be shorter than its translation, which has at most 64"),
-        ("a", {}, 0, "belongs to a blank text"),
+        ("abc", {"max_target_tokens": 3}, 0, "has 3 tokens; must be shorter than its translation, which has at most 3"),
     ],
 )
 def test_a_prefix_that_is_its_whole_translation_is_refused_by_name(

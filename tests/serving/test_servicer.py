@@ -238,6 +238,7 @@ async def test_what_is_asked_of_targets_reaches_the_engine(servicer: Translation
         max_target_ratio=3,
         end_tokens=["."],
         return_end_token=True,
+        max_source_tokens=3,
     )
     await translate(servicer, pb.TranslateRequest(texts=["abc", "d"], target_prefixes=["ab", ""], options=options))
     encode = ByteTokenizer().encode
@@ -245,7 +246,8 @@ async def test_what_is_asked_of_targets_reaches_the_engine(servicer: Translation
     assert first.prefix_bias == PrefixBias(tokens=tuple(encode("ab")), strength=0.25)
     assert second.prefix_bias is None
     assert first.suppressed == ((UNKNOWN_ID,), tuple(encode("x")), tuple(encode(" x")), tuple(encode("yz")))
-    assert (first.min_target_tokens, first.max_target_tokens) == (2, 12)
+    assert len(engine.submitted[0].source_ids) == 3
+    assert (first.min_target_tokens, first.max_target_tokens) == (2, 9)
     assert (first.end_ids, first.return_end_token) == (tuple(encode(".")), True)
 
 

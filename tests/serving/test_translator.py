@@ -21,6 +21,7 @@ from serving.request import Alternatives, DecodingOptions, FinishReason, Outcome
 from serving.request_options import RequestOptions
 from serving.translator import StreamCommand, TranslateCommand, Translator
 from tests.fakes import (
+    EOS_ID,
     PATIENCE_S,
     UNKNOWN_ID,
     ByteTokenizer,
@@ -206,6 +207,25 @@ async def test_a_blank_text_has_an_empty_translation_without_work(
     assert len(engine.submitted) == 1
 
 
+async def test_the_translation_of_a_blank_text_is_its_prefix(translator: Translator, engine: ScriptedEngine) -> None:
+    asked = command("a", " ", "", prefixes=("", "xy", ""), return_scores=True, return_token_scores=True)
+    free, (prefixed,), (blank,) = [translation.hypotheses for translation in await translator.translate(asked)]
+    assert free[0].text == "A"
+    assert (prefixed.text, prefixed.score, prefixed.target_tokens) == ("xy", 0.0, 2)
+    assert (prefixed.target_pieces, prefixed.token_scores, prefixed.finish_reason) == (("x", "y"), (0.0, 0.0), FinishReason.EOS)
+    assert (blank.text, blank.target_pieces, blank.token_scores) == ("", (), ())
+    assert len(engine.submitted) == 1
+
+
+async def test_a_text_is_cut_where_it_is_asked_for(translator: Translator, engine: ScriptedEngine) -> None:
+    (cut, short) = await translator.translate(command("abc" * 20, "ab", max_source_tokens=4))
+    assert [sequence.source_ids for sequence in engine.submitted] == [
+        (*ByteTokenizer().encode("abc"), EOS_ID),
+        (*ByteTokenizer().encode("ab"), EOS_ID),
+    ]
+    assert (cut.source_tokens, short.source_tokens) == (4, 3)
+
+
 async def test_only_blank_texts_never_reach_the_engine(translator: Translator, engine: ScriptedEngine) -> None:
     engine.refusal = OverloadedError("queue_full", 1.0)
     assert texts(await translator.translate(command("", " "))) == [[""], [""]]
@@ -240,7 +260,6 @@ async def test_what_is_asked_of_tokens_reaches_each_text(translator: Translator,
         pytest.param(command("a", "b", prefixes=("x",)), "target_prefixes", "as many as texts, 2, .* not 1", id="few prefixes"),
         pytest.param(command("a", prefixes=("x", "")), "target_prefixes", "as many as texts, 1, .* not 2", id="many prefixes"),
         pytest.param(command("a", "b", prefixes=("", "x\0")), "target_prefixes[1]", "does not have", id="unknown prefix"),
-        pytest.param(command("a", " ", prefixes=("", "x")), "target_prefixes[1]", "a blank text", id="prefix of a blank text"),
         pytest.param(
             command("a", prefixes=("xyz",), max_target_tokens=3), "target_prefixes[0]", "must be shorter", id="long prefix"
         ),
@@ -249,6 +268,14 @@ async def test_what_is_asked_of_tokens_reaches_each_text(translator: Translator,
         pytest.param(command("a", end_tokens=("xy",)), "options.end_tokens", "'xy' is no token", id="end token"),
         pytest.param(command(*"abcde"), "texts", "at most 4 in a request, not 5", id="too many texts"),
         pytest.param(command("a", "b" * 32), "texts[1]", "has 33 tokens .* at most 32", id="too long"),
+        pytest.param(command("a", max_source_tokens=0), "options.max_source_tokens", "from 1 to 32, not 0", id="cut to none"),
+        pytest.param(command("a", max_source_tokens=33), "options.max_source_tokens", "from 1 to 32", id="cut to too many"),
+        pytest.param(
+            command("a", max_source_tokens=1),
+            "options.max_source_tokens",
+            "above 1, the tokens that the model adds",
+            id="no place",
+        ),
         pytest.param(command("a", " " * 99 + "b" * 2000), "texts[1]", "has 2099 characters; at most 32", id="far too long"),
         pytest.param(command("a\ud800"), "texts[0]", "lone surrogate", id="not text"),
         pytest.param(command("a", beam_size=0), "options.beam_size", "from 1 to 5, not 0", id="no beam"),
@@ -472,6 +499,18 @@ async def test_a_blank_text_streams_one_empty_piece(translator: Translator, engi
     pieces = [piece async for piece in translator.stream(stream_command(" "))]
     assert [(piece.text_delta, piece.translation is not None) for piece in pieces] == [("", True)]
     assert engine.submitted == []
+
+
+async def test_a_blank_text_streams_its_prefix(translator: Translator, engine: ScriptedEngine) -> None:
+    (piece,) = [piece async for piece in translator.stream(stream_command(" ", "xy"))]
+    assert piece.translation is not None
+    assert piece.text_delta == piece.translation.hypotheses[0].text == "xy"
+    assert engine.submitted == []
+
+
+async def test_a_text_of_a_stream_is_cut_where_it_is_asked_for(translator: Translator, engine: ScriptedEngine) -> None:
+    assert [piece async for piece in translator.stream(stream_command("a" * 40, max_source_tokens=3))]
+    assert engine.submitted[0].source_ids == (*ByteTokenizer().encode("aa"), EOS_ID)
 
 
 @pytest.mark.parametrize(
