@@ -381,7 +381,7 @@ class TextPreparer:
         )
 
     def blank(self, options: RequestOptions, prefix: tuple[int, ...] = ()) -> Translation:
-        """A blank text has nothing to translate: its translation is certain, and no more than its prefix, as CTranslate2 has it."""
+        """A blank text has nothing to translate; its translation is certain, and no more than its prefix."""
         ids = list(prefix)
         pieces = self.tokenizer.target_pieces(ids) if options.return_attention or options.return_token_scores else ()
         hypothesis = TextHypothesis(

@@ -7,7 +7,6 @@ No published converter writes them any more: weights of a ``TransformerSpec`` ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
