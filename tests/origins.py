@@ -494,6 +494,8 @@ def opennmt_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence
                 inner = np.maximum(inner, 0)
             case "gelu" | "gated-gelu":
                 inner = inner * (1 + np.vectorize(math.erf)(inner / math.sqrt(2))) / 2
+            case "fast_gelu":
+                inner = inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))) / 2
             case "silu":
                 inner = inner * sigmoid(inner)
         if settings["pos_ffn_activation_fn"] in OPENNMT_GATED:

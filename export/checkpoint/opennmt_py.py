@@ -43,6 +43,8 @@ _MAX_POSITIONS = 1024
 _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "gelu": "gelu",
+    # The approximation by tanh, as CTranslate2's converter reads it.
+    "fast_gelu": "gelu_tanh",
     "silu": "silu",
     "gated-gelu": "gelu",
     "gated-silu": "silu",

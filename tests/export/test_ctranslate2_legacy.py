@@ -127,6 +127,17 @@ def test_settings_of_the_fourth_revision(tmp_path: Path) -> None:
     assert (config.alignment_layer, config.alignment_heads) == (0, 2)
 
 
+def test_tokens_that_cannot_be_seen(tmp_path: Path) -> None:
+    # One token a line, whatever it is; only a line feed ends one.
+    tokens = [*OPENNMT_TF_TOKENS[:-4], "", "\u00a0", "\u200c", "\u2028"]
+    checkpoint = read_checkpoint(write(tmp_path / "m", legacy_binary(of_opennmt_tf(WEIGHTS), version=1), tokens))
+    ids = json.loads(bytes(checkpoint.tokenizer_files["vocabulary.json"]))
+    assert [ids[token] for token in tokens[-4:]] == [19, 20, 21, 22]
+    tokenizer = open_tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_files)
+    assert tokenizer.encode("t0 \u200c") == [3, 21]
+    assert tokenizer.decode([3, 21, 19, 4]) == "t0 \u200c t1"
+
+
 def test_a_map_of_vocabularies_is_not_looked_at(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", legacy_binary(of_opennmt_tf(WEIGHTS), version=1))
     (directory / "vmap.txt").write_bytes(b"\xff\tnothing")

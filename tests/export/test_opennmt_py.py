@@ -115,6 +115,7 @@ def test_the_file_itself(directory: Path) -> None:
     "changed",
     [
         {"pos_ffn_activation_fn": "gelu"},
+        {"pos_ffn_activation_fn": "fast_gelu"},
         {"pos_ffn_activation_fn": "silu"},
         {"pos_ffn_activation_fn": "gated-gelu", "add_ffnbias": False},
         {"share_embeddings": True},

@@ -266,7 +266,8 @@ def fill(spec: Any, source_size: int, target_size: int, *, positions: bool, d_mo
     """Random weights for a ``TransformerSpec``; markers are unlikely, the end of a sentence likely enough."""
     rng = np.random.default_rng(7)
 
-    def normal(*shape: int, std: float = 0.5) -> Any:
+    # Wider sums are of more, and scores that are too large are rounded too coarsely to be compared.
+    def normal(*shape: int, std: float = 0.5 * (32 / d_model) ** 0.5) -> Any:
         return rng.normal(scale=std, size=shape).astype(np.float32)
 
     def linear(linear_spec: Any, rows: int, columns: int = d_model) -> None:
