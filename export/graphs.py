@@ -13,6 +13,7 @@ Shapes: a lane has B sources with W hypotheses each; R = B * W rows. S: source c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -161,9 +162,12 @@ class GraphEncoderLayer(nn.Module):
         self.attention_residual = layer.self_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
+        self.relative_positions = _tabulated(layer.relative_positions)
 
     def forward(self, x: Tensor, lengths: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, S, d_model], lengths [B], what is added to the scores [1, h, S, S] -> [B, S, d_model]."""
+        """[B, S, d_model], lengths [B], what the stack adds to the scores [1, h, S, S] -> [B, S, d_model]."""
+        if self.relative_positions is not None:
+            bias = self.relative_positions(x.shape[1])
         entered = self.attention_residual.enter(x)
         query, key, value = self.query(entered), self.key(entered), self.value(entered)
         attended = attention.self_attention(query, key, value, lengths, self.num_heads, bias)
@@ -223,6 +227,7 @@ class GraphDecoderLayer(nn.Module):
         self.feed_forward_residual = layer.feed_forward_residual
         self.self_attention = attention.CachedSelfAttention(config.num_heads)
         self.cross_attention = cross_attention
+        self.relative_positions = _tabulated(layer.relative_positions)
 
     def forward(
         self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
@@ -233,6 +238,8 @@ class GraphDecoderLayer(nn.Module):
             X and the query of cross-attention, both of the same shape, the own cache with this step's keys and values, and the
             cross cache as it was.
         """
+        if self.relative_positions is not None:
+            step = replace(step, bias=self.relative_positions.of_rows(step.positions, step.longest))
         qkv = self.qkv(self.self_residual.enter(x))
         attended, *own_after = self.self_attention(qkv, step, *own)
         x = self.self_residual.leave(x, self.self_output(attended))

@@ -64,6 +64,8 @@ class ModelConfig(BaseModel):
     # Of relative positions: biases of a head, and the distance from which on all keys have the same.
     relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
     relative_distance: int = Field(default=128, gt=0)
+    # Whether each layer has biases of its own (umT5), or a stack's layers share them (T5).
+    relative_per_layer: bool = False
     # Longest source or target, in tokens: the table's size for learned positions, the stated limit for the others.
     max_positions: int = Field(default=512, gt=0)
     # Biases of the attention and feed-forward projections and of the norms.
@@ -251,9 +253,11 @@ class EncoderLayer(nn.Module):
         self.self_attention_residual = Residual(config)
         self.feed_forward = FeedForward(config, config.encoder_d_ff)
         self.feed_forward_residual = Residual(config)
+        self.relative_positions = layer_positions(config, bidirectional=True)
 
     def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
         """[batch, S, d_model], mask [batch, 1, 1, S] or [batch, heads, S, S] -> [batch, S, d_model]."""
+        source_mask = biased(source_mask, self.relative_positions)
         entered = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(entered, entered, source_mask))
         return self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
@@ -270,9 +274,11 @@ class DecoderLayer(nn.Module):
         self.cross_attention_residual = Residual(config)
         self.feed_forward = FeedForward(config, config.decoder_d_ff)
         self.feed_forward_residual = Residual(config)
+        self.relative_positions = layer_positions(config, bidirectional=False)
 
     def forward(self, x: Tensor, target_mask: Tensor, memory: Tensor, source_mask: Tensor) -> Tensor:
         """[batch, T, d_model], mask [1 or batch, 1 or heads, T, T], memory [batch, S, d_model], mask [batch, 1, 1, S]."""
+        target_mask = biased(target_mask, self.relative_positions)
         entered = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(entered, entered, target_mask))
         entered = self.cross_attention_residual.enter(x)
@@ -313,15 +319,14 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.embedding = Embedding(config, tokens)
-        self.relative_positions = relative_positions(config, bidirectional=True)
+        self.relative_positions = stack_positions(config, bidirectional=True)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = final_norm(config)
 
     def forward(self, source_ids: Tensor, source_mask: Tensor) -> Tensor:
         """[batch, S] ids, mask [batch, 1, 1, S] -> memory [batch, S, d_model]."""
         x = self.embedding(source_ids, torch.arange(source_ids.shape[1], device=source_ids.device))
-        if self.relative_positions is not None:
-            source_mask = biased(source_mask, self.relative_positions(source_ids.shape[1]))
+        source_mask = biased(source_mask, self.relative_positions)
         for layer in self.layers:
             x = layer(x, source_mask)
         states: Tensor = self.final_norm(x)
@@ -334,16 +339,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.embedding = Embedding(config, tokens)
-        self.relative_positions = relative_positions(config, bidirectional=False)
+        self.relative_positions = stack_positions(config, bidirectional=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.final_norm = final_norm(config)
 
     def forward(self, target_ids: Tensor, memory: Tensor, source_mask: Tensor) -> Tensor:
         """[batch, T] ids, memory [batch, S, d_model], mask [batch, 1, 1, S] -> states [batch, T, d_model]."""
         x = self.embedding(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device))
-        target_mask = causal_mask(target_ids.shape[1], target_ids.device)
-        if self.relative_positions is not None:
-            target_mask = biased(target_mask, self.relative_positions(target_ids.shape[1]))
+        target_mask = biased(causal_mask(target_ids.shape[1], target_ids.device), self.relative_positions)
         for layer in self.layers:
             x = layer(x, target_mask, memory, source_mask)
         states: Tensor = self.final_norm(x)
@@ -408,8 +411,17 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
 
 
-def relative_positions(config: ModelConfig, *, bidirectional: bool) -> RelativePositions | None:
-    """The biases of one stack; None where positions are in the embedding."""
+def stack_positions(config: ModelConfig, *, bidirectional: bool) -> RelativePositions | None:
+    """The biases that all layers of a stack share; None where there are none such."""
+    return None if config.relative_per_layer else _relative_positions(config, bidirectional=bidirectional)
+
+
+def layer_positions(config: ModelConfig, *, bidirectional: bool) -> RelativePositions | None:
+    """The biases of one layer; None where there are none such."""
+    return _relative_positions(config, bidirectional=bidirectional) if config.relative_per_layer else None
+
+
+def _relative_positions(config: ModelConfig, *, bidirectional: bool) -> RelativePositions | None:
     if config.positions != "relative":
         return None
     return RelativePositions(
@@ -425,9 +437,12 @@ def length_mask(lengths: Tensor, max_length: int) -> Tensor:
     return (torch.arange(max_length, device=lengths.device) < lengths[:, None])[:, None, None, :]
 
 
-def biased(mask: Tensor, bias: Tensor) -> Tensor:
-    """A boolean mask and what is added to the scores [1, heads, Q, K] -> both, broadcast: minus infinity where it hides."""
-    return bias.masked_fill(~mask, float("-inf"))
+def biased(mask: Tensor, positions: RelativePositions | None) -> Tensor:
+    """A boolean mask [..., K] as what is added to the scores: the positions' biases, and minus infinity where it hides.
+
+    Without positions it stays as it is.
+    """
+    return mask if positions is None else positions(mask.shape[-1]).masked_fill(~mask, float("-inf"))
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ def bucket_of(offsets: Tensor, *, num_buckets: int, furthest: int, bidirectional
 
 
 class RelativePositions(nn.Module):
-    """The biases of one stack's self-attention, which all of its layers share."""
+    """The biases of self-attention, of one layer or of all layers of a stack."""
 
     def __init__(self, *, num_heads: int, num_buckets: int, furthest: int, bidirectional: bool) -> None:
         """See ``bucket_of``."""

@@ -26,6 +26,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "marian": {"positions": "sinusoidal_concatenated", "activation": "silu", "output_bias": True},
     "gelu by tanh": {"activation": "gelu_tanh"},
     "t5": T5,
+    "umt5": {**T5, "relative_per_layer": True},
     "bart": {"embedding_norm": True, "scale_embedding": False, "positions": "learned"},
     "no biases": {"bias": False},
     "nothing shared": {"share_embeddings": False, "tie_output": False},
@@ -218,7 +219,9 @@ TRACED = {
 }
 
 
-@pytest.fixture(scope="module", params=[("cpu", TRACED), ("cuda", TRACED), ("cpu", T5)], ids="{0[0]}".format)
+@pytest.fixture(
+    scope="module", params=[("cpu", TRACED), ("cuda", TRACED), ("cpu", {**T5, "relative_per_layer": True})], ids="{0[0]}".format
+)
 def traced(request: pytest.FixtureRequest) -> Traced:
     device, overrides = request.param
     model = random_model(**overrides)

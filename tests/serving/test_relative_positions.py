@@ -1,4 +1,4 @@
-"""T5's bias on the scores of self-attention, in the engine: whoever else is there, however far a target goes."""
+"""T5's and umT5's bias on the scores of self-attention, in the engine: whoever else is there, however far a target goes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ FURTHEST = 20
 LONG_TARGET_TOKENS = 70
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(**{**T5, "relative_distance": FURTHEST, "max_positions": 192, "num_decoder_layers": 2})
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("t5") / "checkpoint", config)
+def write(directory: Path, *, per_layer: bool) -> Path:
+    sizes = {"relative_distance": FURTHEST, "max_positions": 192, "num_decoder_layers": 2, "relative_per_layer": per_layer}
+    return write_tiny_checkpoint(directory, tiny_config(**{**T5, **sizes}))
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
-def bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("t5") / "bundle", precision=request.param, show_progress=False)
+@pytest.fixture(scope="module", params=[("fp32", False), ("int8", True)], ids=["fp32", "int8 per layer"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    work = tmp_path_factory.mktemp("t5")
+    precision, per_layer = request.param
+    return export_bundle(
+        write(work / "checkpoint", per_layer=per_layer), work / "bundle", precision=precision, show_progress=False
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -68,8 +71,10 @@ def test_a_lone_request_on_all_threads_has_the_same_answer(bundle: Bundle) -> No
     assert got == expected
 
 
-def test_greedy_answers_are_those_of_the_uncached_model(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_greedy_answers_are_those_of_the_uncached_model(tmp_path: Path, per_layer: bool) -> None:
     """At every position, far beyond the distance from which on all keys are alike."""
+    checkpoint = write(tmp_path / "checkpoint", per_layer=per_layer)
     bundle = export_bundle(checkpoint, tmp_path / "bundle", show_progress=False)
     model = build_model(read_checkpoint(checkpoint))
     sources = [source(n) for n in (5, 60, 150)]
