@@ -114,7 +114,7 @@ class LanguageTokens(_Record):
 class DefaultOptions(_Record):
     """How targets are decoded where a request does not say: what the model's makers chose for it.
 
-    Bounds and meanings are those of a request's options, but for the last three, which no request changes.
+    Bounds and meanings are those of a request's options. No request changes what is suppressed, nor the last two.
     """
 
     length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
@@ -126,6 +126,10 @@ class DefaultOptions(_Record):
     max_target_tokens: Count | None = None
     # Sequences of tokens that no target has.
     suppressed: list[Annotated[list[TokenId], Field(min_length=1)]] = []
+    # Tokens that no target starts with, after its prefix.
+    suppressed_first: list[TokenId] = []
+    # Tokens that end a target; none: the end-of-sentence token alone.
+    end_ids: list[TokenId] = []
     # See ``DecodingOptions``.
     ends_when_cut: bool = False
     rules_of_generate: bool = False
@@ -431,6 +435,10 @@ def _default_faults(manifest: ManifestDraft) -> Iterator[str]:
             yield f"defaults.suppressed: {tokens} is outside a vocabulary of {size}"
         elif tokens == [manifest.ids.eos]:
             yield f"defaults.suppressed: {tokens} is the end-of-sentence token"
+    for field, ids in (("suppressed_first", defaults.suppressed_first), ("end_ids", defaults.end_ids)):
+        yield from (f"defaults.{field}: {i} is outside a vocabulary of {size}" for i in ids if i >= size)
+    never = {manifest.ids.pad, manifest.ids.decoder_start} - {manifest.ids.eos}
+    yield from (f"defaults.end_ids: {i} is never decoded" for i in defaults.end_ids if i in never)
 
 
 def name_fault(name: str) -> str | None:

@@ -152,7 +152,12 @@ def serve(
 @click.option("--prefix-bias", type=float, help="Pull towards prefixes this much, above 0 and below 1, instead of forcing them.")
 @click.option("--suppress", metavar="TEXT", multiple=True, help="A text that no translation has; may be repeated.")
 @click.option("--suppress-unknown", is_flag=True, default=None, help="Never take the token for unknown text.")
-@click.option("--end-token", metavar="TOKEN", multiple=True, help="A token that ends translations too; may be repeated.")
+@click.option(
+    "--end-token",
+    metavar="TOKEN",
+    multiple=True,
+    help="A token that ends translations, in the place of the model's own; may be repeated.",
+)
 @click.option("--replace-unknowns", is_flag=True, default=None, help="Put in what unknown tokens attended to most.")
 @click.option("--alignments", is_flag=True, help="Print pieces too, and which of the line's each one attended to most.")
 @click.option("--source-language", default="", show_default=False, help="Code of the language of the lines; may be left out.")

@@ -171,6 +171,7 @@ def _continuation(options: DecodingOptions, prefix: tuple[int, ...], draw: int) 
         options,
         num_hypotheses=1,
         target_prefix=prefix,
+        suppressed_first=(),
         ends_freely_after_prefix=True,
         return_scores=True,
         # An alternative in the last place stays what it is.

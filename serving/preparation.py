@@ -235,7 +235,17 @@ class TextPreparer:
 
     def target_tokens(self, options: RequestOptions) -> TargetTokens:
         """What checked options suppress and end at, as tokens; see ``target_tokens.target_tokens``."""
-        return target_tokens(options, self.tokenizer)
+        return target_tokens(options, self.tokenizer, self.end_ids)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a target where no request says otherwise."""
+        return tuple(self.defaults.end_ids) or (self.eos_id,)
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The same as the vocabulary spells them, and as a request names them."""
+        return tuple(filter(None, self.tokenizer.target_pieces(self.end_ids)))
 
     def prefix_ids(self, text: str, field_name: str, options: RequestOptions, source_tokens: int) -> tuple[int, ...]:
         """Tokens of a target prefix; empty for a blank one.
@@ -331,7 +341,8 @@ class TextPreparer:
             hidden_prefix_tokens=hidden,
             prefix_bias=None if is_forced else PrefixBias(tokens=wished, strength=default(options.prefix_bias, 0.0)),
             suppressed=(*map(tuple, defaults.suppressed), *tokens.suppressed),
-            end_ids=tokens.end_ids,
+            suppressed_first=tuple(defaults.suppressed_first),
+            end_ids=tokens.end_ids or tuple(defaults.end_ids),
             return_end_token=default(options.return_end_token, False),
             return_attention=options.needs_attention,
             coverage_penalty=default(options.coverage_penalty, 0.0),

@@ -94,6 +94,8 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
     # Sequences of tokens that no target has.
     suppressed: tuple[tuple[int, ...], ...] = ()
+    # Tokens that the first one after ``target_prefix`` is not.
+    suppressed_first: tuple[int, ...] = ()
     # Where Hugging Face's ``generate`` and CTranslate2 differ, whether to do as the former. With beams these rules change
     # log-probabilities then, so that what they forbid keeps its share; the start token counts as one that a target has; and
     # early stopping needs no other rule for a length_penalty of 0.
@@ -101,8 +103,9 @@ class DecodingOptions:
     # Whether a hypothesis that is cut at max_target_tokens has the end-of-sentence token there, at no cost to its score.
     ends_when_cut: bool = False
     prefix_bias: PrefixBias | None = None
-    # Tokens that end a hypothesis as the end-of-sentence token does, once it has its prefix; whether it keeps the one that did.
+    # Tokens that end a hypothesis in the place of the end-of-sentence token, once it has its prefix; none: that token does.
     end_ids: tuple[int, ...] = ()
+    # Whether a hypothesis keeps the token that ended it, unless that is the end-of-sentence token.
     return_end_token: bool = False
     # Greedy only.
     sampling: Sampling | None = None
@@ -116,6 +119,7 @@ class DecodingOptions:
             self.repetition_penalty != 1.0
             or self.no_repeat_ngram_size > 0
             or bool(self.suppressed)
+            or bool(self.suppressed_first)
             or self.prefix_bias is not None
             or bool(self.end_ids)
             or self.sampling is not None

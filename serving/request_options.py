@@ -71,7 +71,8 @@ class RequestOptions:
     # Lengths for each token of the source, its end-of-sentence token and language included; beside the absolute ones.
     min_target_ratio: float | None = None
     max_target_ratio: float | None = None
-    # Tokens that end a hypothesis beside the end-of-sentence token, and whether it keeps the one that did; default False.
+    # Tokens that end a hypothesis in the place of the model's own, which may be one of them; whether it keeps the one that did,
+    # default False.
     end_tokens: tuple[str, ...] = ()
     return_end_token: bool | None = None
     # Whether hypotheses carry their pieces and what these attended to in the source; default False.

@@ -134,6 +134,7 @@ class TranslationServicer(pb_grpc.TranslationServicer):
                 patience=default.patience,
                 repetition_penalty=default.repetition_penalty,
                 no_repeat_ngram_size=default.no_repeat_ngram_size,
+                end_tokens=preparer.end_tokens,
             ),
         )
 

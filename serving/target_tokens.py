@@ -25,6 +25,7 @@ class TargetTokens:
     """What the options of a request come to in tokens, the same for each of its texts."""
 
     suppressed: tuple[tuple[int, ...], ...] = ()
+    # None: those of the model.
     end_ids: tuple[int, ...] = ()
 
 
@@ -32,8 +33,13 @@ class TargetTokens:
 NO_TOKENS = TargetTokens()
 
 
-def target_tokens(options: RequestOptions, tokenizer: Tokenizer) -> TargetTokens:
+def target_tokens(options: RequestOptions, tokenizer: Tokenizer, model_end_ids: tuple[int, ...]) -> TargetTokens:
     """What checked options suppress, and what they end at, as tokens.
+
+    Args:
+        options: of the request.
+        tokenizer: of the model.
+        model_end_ids: the tokens that end a target by themselves, which may be named as ends though they are no text.
 
     Raises:
         InvalidRequestError: naming the option: a text that is blank or too long, a token that the target does not have, or a
@@ -46,7 +52,7 @@ def target_tokens(options: RequestOptions, tokenizer: Tokenizer) -> TargetTokens
         suppressed += _suppressed_forms(text, f"options.suppressed_texts[{place}]", tokenizer)
     for place, tokens in enumerate(options.suppressed_sequences):
         suppressed.append(_named_ids(tokens, f"options.suppressed_sequences[{place}]", tokenizer))
-    return TargetTokens(suppressed=tuple(suppressed), end_ids=_named_ids(options.end_tokens, "options.end_tokens", tokenizer))
+    return TargetTokens(suppressed=tuple(suppressed), end_ids=_end_ids(options.end_tokens, tokenizer, model_end_ids))
 
 
 def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -59,6 +65,18 @@ def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[
         raise InvalidRequestError(field_name, f"has {longest} tokens; at most {most} can be suppressed together")
     # None where the target cannot write it.
     return [tuple(form) for form in forms]
+
+
+def _end_ids(tokens: Iterable[str], tokenizer: Tokenizer, model_end_ids: tuple[int, ...]) -> tuple[int, ...]:
+    own = dict(zip(tokenizer.target_pieces(model_end_ids), model_end_ids, strict=True))
+    own.pop("", None)  # of a model whose vocabulary does not spell it
+    ids = [own.get(token, tokenizer.target_id(token)) for token in tokens]
+    if unknown := [token for token, found in zip(tokens, ids, strict=True) if found is None]:
+        reason = f"{unknown[0][:40]!r} is no token of text in the model's target vocabulary"
+        if own:
+            reason += f", nor the model's own end, {' or '.join(map(repr, own))}"
+        raise InvalidRequestError("options.end_tokens", reason)
+    return tuple(found for found in ids if found is not None)
 
 
 def _named_ids(tokens: Iterable[str], field_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:

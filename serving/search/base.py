@@ -203,25 +203,32 @@ class LaneSearch(ABC):
 
     def _reason(self, slot: int, last_token: int, length: int) -> FinishReason:
         """Why a hypothesis of ``length`` tokens ended; one that was cut did not end by itself, whatever its last token is."""
-        was_cut = bool(self._ends_when_cut[slot]) and length >= self._max_tokens[slot]
-        return FinishReason.EOS if self._is_end(slot, last_token) and not was_cut else FinishReason.LENGTH
+        has_ended = last_token in self._end_ids(slot) and not self._is_cut(slot, length)
+        return FinishReason.EOS if has_ended else FinishReason.LENGTH
 
-    def _is_end(self, slot: int, token: int) -> bool:
-        """Whether a token after a source's prefix ends a hypothesis."""
-        return token == self._eos_id or token in self._options[slot].end_ids
+    def _end_ids(self, slot: int) -> tuple[int, ...]:
+        """The tokens that end a source's hypotheses."""
+        return self._options[slot].end_ids or (self._eos_id,)
 
-    def _is_returned(self, slot: int, last_token: int) -> bool:
-        """Whether the last token of a hypothesis is part of it."""
+    def _is_cut(self, slot: int, length: int) -> bool:
+        """Whether a hypothesis of ``length`` tokens has the end-of-sentence token because it was cut there."""
+        return bool(self._ends_when_cut[slot]) and length >= self._max_tokens[slot]
+
+    def _is_returned(self, slot: int, last_token: int, length: int) -> bool:
+        """Whether the last of a hypothesis' ``length`` tokens is part of it."""
+        if self._is_cut(slot, length):
+            return False
         is_wanted = self._options[slot].return_end_token and last_token != self._eos_id
-        return is_wanted or not self._is_end(slot, last_token)
+        return is_wanted or last_token not in self._end_ids(slot)
 
     def _ends(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which next tokens end their hypothesis; ids: [num_slots, ...], of the first slots. No token of a prefix does."""
         ends: NDArray[np.bool_] = ids == self._eos_id
         if self._num_ruled:
             for slot, options in enumerate(self._options[: len(ids)]):
-                if options.end_ids and self.num_tokens[slot, 0] >= len(options.target_prefix):
-                    ends[slot] |= np.isin(ids[slot], options.end_ids)
+                if options.end_ids:
+                    is_free = self.num_tokens[slot, 0] >= len(options.target_prefix)
+                    ends[slot] = np.isin(ids[slot], options.end_ids) if is_free else False
         return ends
 
     @abstractmethod

@@ -171,7 +171,7 @@ class BeamSearch(LaneSearch):
         scores = self._scores[:n, :, None] + log_probs
         too_early = self.num_tokens[:n, 0] < self._min_tokens[:n]
         if too_early.any():
-            scores[too_early[:, None, None] & (ids == self._eos_id)] = -np.inf
+            scores[too_early[:, None, None] & self._ends(ids)] = -np.inf
         scores = scores.reshape(n, width * num_candidates)
         order = np.argsort(-scores, axis=1, kind="stable")
         if self._num_ruled:
@@ -190,7 +190,7 @@ class BeamSearch(LaneSearch):
             is_after_prefix = 0 < len(options.target_prefix) == self.num_tokens[slot, 0] and options.early_stopping
             is_after_prefix = is_after_prefix and not (options.rules_of_generate or options.ends_freely_after_prefix)
             if options.end_ids or is_after_prefix:
-                is_end = np.isin(ids[slot].take(order[slot]), (self._eos_id, *options.end_ids))
+                is_end = np.isin(ids[slot].take(order[slot]), self._end_ids(slot))
                 is_needless = is_end & (np.cumsum(is_end) > self.width)
                 if is_after_prefix:
                     is_needless[1:] |= is_end[1:]
@@ -219,7 +219,7 @@ class BeamSearch(LaneSearch):
             ids = self.tokens[slot, parent, : length - 1].tolist()
             token = int(best.ids[slot, rank])
             reason = self._reason(slot, token, length)
-            if self._is_returned(slot, token):
+            if self._is_returned(slot, token, length):
                 ids.append(token)
             token_scores = self._token_scores(slot, parent, length, total)
             attention = self._target_attention(slot, parent, len(ids))

@@ -65,7 +65,7 @@ class GreedySearch(LaneSearch):
         options = self._options[slot]
         ids = self.tokens[slot, 0, :length].tolist()
         reason = self._reason(slot, ids[-1], length)
-        if not self._is_returned(slot, ids[-1]):
+        if not self._is_returned(slot, ids[-1], length):
             ids.pop()
         return (
             Hypothesis(

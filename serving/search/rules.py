@@ -28,12 +28,12 @@ class TokenRules:
     def __init__(self, options: DecodingOptions, eos_id: int, decoder_start_id: int) -> None:
         """Of options that have any; see ``DecodingOptions.has_token_rules``."""
         self._options = options
-        self._eos_id = eos_id
         self._is_after_softmax = options.rules_of_generate and options.beam_size > 1
         # Counted as decoded already.
         self._first = [decoder_start_id] if options.rules_of_generate else []
-        self._end_ids = np.array((eos_id, *options.end_ids), np.int64)
+        self._end_ids = np.array(options.end_ids or (eos_id,), np.int64)
         self._forbidden = np.array([tokens[0] for tokens in options.suppressed if len(tokens) == 1], np.int64)
+        self._forbidden_first = np.array(options.suppressed_first, np.int64)
         self._forbidden_sequences = [tokens for tokens in options.suppressed if len(tokens) > 1]
 
     def candidates(
@@ -74,13 +74,15 @@ class TokenRules:
         for tokens in self._forbidden_sequences:
             if tuple(decoded[1 - len(tokens) :]) == tokens[:-1]:
                 scores[tokens[-1]] = _NEVER
+        if len(decoded) == len(options.target_prefix):
+            scores[self._forbidden_first] = _NEVER
         scores[logits < _LEAST_LOGIT] = _NEVER
         if scores.max() == _NEVER:
             # Nothing may follow: that is the end.
-            scores[self._eos_id] = 0.0
+            scores[self._end_ids[0]] = 0.0
         log_probs = scores if self._is_after_softmax else _log_softmax(scores)
         # As where there are no rules: an end that comes too early keeps its share.
-        if len(decoded) < options.min_target_tokens and log_probs[self._eos_id] < 0:
+        if len(decoded) < options.min_target_tokens and log_probs[self._end_ids[0]] < 0:
             log_probs[self._end_ids] = _NEVER
         wished = options.prefix_bias
         if wished is not None and len(decoded) < len(wished.tokens) and tuple(decoded) == wished.tokens[: len(decoded)]:

@@ -28,7 +28,7 @@ from serving.config import EngineConfig, RequestLimits
 from serving.model import ServedModel, load_model
 from serving.observer import NullObserver
 from serving.preparation import Translation
-from serving.request import Outcome
+from serving.request import FinishReason, Outcome
 from serving.request_options import RequestOptions
 from tests.fakes import PATIENCE_S
 from tests.peers.test_marian import REAL, SHARED, captions, there, tokenizer_of
@@ -42,6 +42,7 @@ pytestmark = pytest.mark.slow
 SENTENCES = 40
 LIMIT = 40
 SPACE = "\u2581"
+SCORE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,24 @@ class Pair:
 
     def translate_by_peer(self, options: RequestOptions, prefixes: Sequence[str] | None = None, **more: Any) -> list[list[str]]:
         """Tokens of CTranslate2's best hypotheses; ``more`` are its own options."""
+        return [result.hypotheses[0] for result in self.results_of_peer(options, prefixes, **more)]
+
+    def results_of_peer(self, options: RequestOptions, prefixes: Sequence[str] | None = None, **more: Any) -> list[Any]:
+        """CTranslate2's answers."""
         asked: dict[str, Any] = {"max_decoding_length": LIMIT, "min_decoding_length": 0, **more}
-        results = self.theirs.translate_batch(
+        results: list[Any] = self.theirs.translate_batch(
             [[*self.pieces(text), "</s>"] for text in self.sources],
             None if prefixes is None else [self.pieces(prefix, is_target=True) if prefix else None for prefix in prefixes],
             beam_size=options.beam_size or 1,
+            return_scores=bool(options.return_scores),
             **asked,
         )
-        return [result.hypotheses[0] for result in results]
+        return results
+
+    def spelled(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        piece: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        return piece
 
 
 def _put(outcomes: queue.Queue[tuple[int, Outcome]], place: int, outcome: Outcome) -> None:
@@ -246,17 +257,41 @@ def test_the_unknown_token_is_suppressed(pair: Pair, beam_size: int, request: py
 
 
 @BEAM_SIZES
+@pytest.mark.parametrize("own", [False, True], ids=["others", "and its own"])
 @pytest.mark.parametrize("returned", [False, True])
-def test_further_tokens_end_translations(pair: Pair, beam_size: int, returned: bool) -> None:
+def test_other_tokens_end_translations(pair: Pair, beam_size: int, own: bool, returned: bool) -> None:
+    """In the place of the model's own end, which is a token like any other then, or beside it."""
     plain, _ = pair.translate(asked(beam_size))
     counted = [token for ids in plain for token in set(ids[1:4]) if token != pair.tokenizer.unk_token_id]
     ends = pair.tokenizer.convert_ids_to_tokens(sorted(set(counted), key=lambda token: (-counted.count(token), token))[:3])
-    options = asked(beam_size, end_tokens=tuple(ends), return_end_token=returned)
-    ids, _ = pair.translate(options)
-    theirs = pair.translate_by_peer(options, end_token=["</s>", *ends], return_end_token=returned)
+    assert pair.ours.preparer.end_tokens == ("</s>",)
+    named = (*ends, *(pair.ours.preparer.end_tokens if own else ()))
+    options = asked(beam_size, end_tokens=named, return_end_token=returned, return_scores=True, length_penalty=0.0)
+    ids, translations = pair.translate(options)
+    results = pair.results_of_peer(options, end_token=list(named), return_end_token=returned, length_penalty=0.0)
+    theirs = [result.hypotheses[0] for result in results]
     # Ours returns only ends that are text.
-    check(pair, ids, [[piece for piece in pieces if piece != "</s>"] for pieces in theirs])
+    check(pair, ids, [pieces[:-1] if own and pieces[-1:] == ["</s>"] else pieces for pieces in theirs])
     assert ids != plain
+    has_own = sum("</s>" in pieces[:-1] for pieces in theirs)
+    assert (has_own == 0) if own else (has_own > 0)
+    for mine, translation, result in zip(ids, translations, results, strict=True):
+        (best,) = translation.hypotheses
+        assert best.score == pytest.approx(result.scores[0], abs=SCORE_TOLERANCE)
+        assert best.text == pair.tokenizer.decode(mine, skip_special_tokens=True)
+        ended_unseen = best.finish_reason is FinishReason.EOS and not (returned and mine and pair.spelled(mine[-1]) in ends)
+        assert best.target_tokens == len(mine) + ended_unseen
+
+
+@BEAM_SIZES
+def test_other_tokens_end_no_translation_in_its_prefix_or_too_early(pair: Pair, beam_size: int) -> None:
+    pieces = [pair.pieces(prefix, is_target=True) for prefix in pair.prefixes]
+    ends = tuple(sorted({one[-1] for one in pieces if one and one[-1] != pair.tokenizer.unk_token})[:8])
+    options = asked(beam_size, end_tokens=ends, min_target_tokens=6, return_end_token=True)
+    ids, _ = pair.translate(options, pair.prefixes)
+    theirs = pair.translate_by_peer(options, pair.prefixes, end_token=list(ends), return_end_token=True, min_decoding_length=6)
+    check(pair, ids, theirs)
+    assert min(map(len, ids)) > 6
 
 
 @BEAM_SIZES

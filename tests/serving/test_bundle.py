@@ -277,6 +277,16 @@ def test_a_manifest_that_lists_itself(directory: Path) -> None:
                 "defaults.suppressed: [3] is the end-of-sentence token",
             ),
         ),
+        (
+            {"defaults": {"suppressed_first": [3, 64], "end_ids": [3, 9, 64, 0, 2]}},
+            (
+                "defaults.suppressed_first: 64 is outside a vocabulary of 64",
+                "defaults.end_ids: 64 is outside a vocabulary of 64",
+                "defaults.end_ids: 0 is never decoded",
+                "defaults.end_ids: 2 is never decoded",
+            ),
+        ),
+        ({"defaults": {"suppressed_first": [3, 9], "end_ids": [3, 9]}}, ()),
         ({"defaults": {"min_target_tokens": 128}}, ("defaults.min_target_tokens: 128 is more than a target may have, 127",)),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",

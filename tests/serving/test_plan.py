@@ -35,6 +35,19 @@ def test_one_sequence_is_decoded_as_it_is_asked_for() -> None:
     assert _run(plan).hypotheses == decode(Job(name=0, model=_MODEL, options=options), _VOCABULARY)
 
 
+def test_an_alternative_is_no_token_that_targets_do_not_start_with_but_what_follows_may_be() -> None:
+    best, *_ = sorted(
+        (token for token in range(_VOCABULARY) if token != EOS_ID), key=lambda token: -_MODEL.log_probs((4,))[token]
+    )
+    options = DecodingOptions(num_hypotheses=3, max_target_tokens=7, target_prefix=(4,), suppressed_first=(best,))
+    plan = make_plan(options, Alternatives())
+    (first,) = plan.wanted()
+    assert first.suppressed_first == (best,)
+    plan.take([Outcome(hypotheses=decode(Job(name=0, model=_MODEL, options=first), _VOCABULARY))])
+    assert best not in {of_one.target_prefix[1] for of_one in plan.wanted()}
+    assert [of_one.suppressed_first for of_one in plan.wanted()] == [(), (), ()]
+
+
 @pytest.mark.parametrize("beam_size", [1, 3])
 @pytest.mark.parametrize("prefix", [(), (4,), (4, 6)], ids=str)
 def test_alternatives_go_on_from_the_most_probable_tokens_after_the_prefix(prefix: tuple[int, ...], beam_size: int) -> None:

@@ -336,6 +336,21 @@ def test_tokens_of_a_request_reach_its_decoding() -> None:
     assert (options.suppressed, options.end_ids, options.return_end_token) == (((4, 5),), (6,), True)
 
 
+def test_a_models_own_ends_hold_unless_a_request_names_others() -> None:
+    preparer = fake_preparer()
+    assert (preparer.end_ids, preparer.end_tokens) == ((EOS_ID,), (f"<{EOS_ID}>",))
+    assert preparer.decoding_options(RequestOptions(), 4).end_ids == ()
+    several = replace(preparer, defaults=DefaultOptions(end_ids=[EOS_ID, 20], suppressed_first=[EOS_ID, 7]))
+    assert several.end_ids == (EOS_ID, 20)
+    assert several.end_tokens == tuple(several.tokenizer.target_pieces([EOS_ID, 20]))
+    options = several.decoding_options(RequestOptions(), 4)
+    assert (options.end_ids, options.suppressed_first) == ((EOS_ID, 20), (EOS_ID, 7))
+    asked = RequestOptions(end_tokens=(".",))
+    assert several.decoding_options(asked, 4, tokens=several.target_tokens(asked)).end_ids == tuple(ByteTokenizer().encode("."))
+    named = several.target_tokens(RequestOptions(end_tokens=several.end_tokens))
+    assert named.end_ids == (EOS_ID, 20)
+
+
 @pytest.mark.parametrize(
     ("prefix", "options", "longest"),
     [

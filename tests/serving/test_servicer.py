@@ -151,6 +151,8 @@ async def test_model_information(servicer: TranslationServicer) -> None:
     defaults = info.default_options
     assert (defaults.beam_size, defaults.num_hypotheses, defaults.length_penalty, defaults.min_target_tokens) == (1, 1, 1.0, 0)
     assert defaults.HasField("min_target_tokens")
+    # How a request names the model's own end.
+    assert list(defaults.end_tokens) == ["<1>"]
     assert not defaults.HasField("max_target_tokens")
 
 

@@ -21,7 +21,7 @@ def _finish(prefix: tuple[int, ...], total: float, options: DecodingOptions) -> 
 
 
 def _is_end(token: int, options: DecodingOptions) -> bool:
-    return token in (EOS_ID, *options.end_ids)
+    return token in (options.end_ids or (EOS_ID,))
 
 
 def _is_possible(token: int, log_prob: float, length: int, options: DecodingOptions) -> bool:

@@ -1,9 +1,10 @@
-"""Tokens that end a hypothesis beside the end-of-sentence token, against searches that are written out."""
+"""Tokens that end a hypothesis in the place of the end-of-sentence token, against searches that are written out."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_it_agrees_with_the_reference(seed: int) -> None:
     vocabulary = rng.choice([12, 15, 30])
     width = rng.randint(1, 5)
     ends = rng.sample([token for token in range(vocabulary) if token != EOS_ID], rng.randint(1, vocabulary - 2 - width))
+    ends += [EOS_ID] * rng.choice([0, 1])
     options = DecodingOptions(
         beam_size=width,
         num_hypotheses=rng.randint(1, width),
@@ -55,6 +57,31 @@ def test_an_end_is_part_of_the_answer_where_it_was_asked_for(width: int, returne
     assert best.finish_reason is FinishReason.EOS
     assert best.target_tokens == len(best.target_ids) + (not returned)
     assert {4, 5, 6}.isdisjoint(best.target_ids[: -1 if returned else None])
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_end_of_sentence_token_is_one_like_any_other_where_it_is_not_among_the_ends(width: int) -> None:
+    model = ToyModel(3, 12, eos_bias=2.0)
+    asked = DecodingOptions(beam_size=width, max_target_tokens=12, end_ids=(4,), return_token_scores=True)
+    (best,) = decode(Job(name=0, model=model, options=asked), 12)
+    assert EOS_ID in best.target_ids
+    assert best.target_tokens > best.target_ids.index(EOS_ID) + 1
+    assert best.token_scores is not None
+    assert sum(best.token_scores) / best.target_tokens == pytest.approx(score_of(best))
+    both = replace(asked, end_ids=(4, EOS_ID))
+    (first,) = decode(Job(name=0, model=model, options=both), 12)
+    assert EOS_ID not in first.target_ids
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("returned", [False, True])
+def test_what_is_cut_has_the_end_of_sentence_token_whatever_ends_it(width: int, returned: bool) -> None:
+    model = ToyModel(3, 12, eos_bias=-50.0)
+    options = DecodingOptions(
+        beam_size=width, max_target_tokens=5, end_ids=(4,), min_target_tokens=5, ends_when_cut=True, return_end_token=returned
+    )
+    (best,) = decode(Job(name=0, model=model, options=options), 12)
+    assert (best.finish_reason, best.target_tokens, len(best.target_ids)) == (FinishReason.LENGTH, 5, 4)
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -50,6 +50,22 @@ def test_with_the_rules_of_generate_what_a_beam_may_not_have_keeps_its_share() -
     assert [x for x in found if x > -math.inf] == pytest.approx([x for i, x in enumerate(plain) if i not in (5, 8)])
 
 
+@pytest.mark.parametrize("prefix", [(), (3, 7)])
+def test_some_tokens_do_not_come_first_after_the_prefix(prefix: tuple[int, ...]) -> None:
+    def forbidden(decoded: list[int]) -> list[int]:
+        found = log_probs(decoded, suppressed_first=(5, EOS_ID), target_prefix=prefix)
+        return [token for token, log_prob in enumerate(found) if log_prob == -math.inf]
+
+    assert forbidden(list(prefix)) == sorted((5, EOS_ID))
+    assert forbidden([*prefix, 8]) == []
+
+
+def test_where_nothing_may_follow_a_target_ends_with_one_of_its_ends() -> None:
+    everything = tuple((token,) for token in range(V))
+    assert log_probs([4], suppressed=everything)[EOS_ID] == 0.0
+    assert log_probs([4], suppressed=everything, end_ids=(7, 9), min_target_tokens=5)[7] == 0.0
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.5, 3.0])
 def test_a_repeated_token_is_divided_or_multiplied_once_however_often_it_came(penalty: float) -> None:
     decoded = [3, 7, 3, 3]
