@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from export.checkpoint.hugging_face import ACTIVATIONS, one_of
+from export.checkpoint.hugging_face import ACTIVATIONS, first_of
 from export.model import ModelConfig, NormPlacement
 
 # Far beyond any model there is; more would only be work or memory for one that cannot be.
@@ -37,7 +37,7 @@ class BartFields(BaseModel):
     scale_embedding: bool = False
     pad_token_id: TokenId = 1
     bos_token_id: TokenId | None = 0
-    eos_token_id: Annotated[TokenId, BeforeValidator(one_of)] = 2
+    eos_token_id: Annotated[TokenId, BeforeValidator(first_of)] = 2
     decoder_start_token_id: TokenId = 2
     tie_word_embeddings: bool = True
 
@@ -109,5 +109,5 @@ class PegasusFields(BartFields):
 
     pad_token_id: TokenId = 0
     bos_token_id: TokenId | None = None
-    eos_token_id: Annotated[TokenId, BeforeValidator(one_of)] = 1
+    eos_token_id: Annotated[TokenId, BeforeValidator(first_of)] = 1
     decoder_start_token_id: TokenId = 0

@@ -8,7 +8,8 @@ counts differ from ours; does not know any architecture or tokenizer.
 translation's own: no token that a target is made to start with.
 
 **Search.** Penalties, lengths and when to stop are a bundle's defaults. The number of beams is not: it is recorded, and decoding
-is greedy unless a request says otherwise. Settings for single tasks (``task_specific_params``) are not looked at, as ``generate``
+is greedy unless a request says otherwise, also where the checkpoint would draw tokens, of which the user is told. Settings for
+single tasks (``task_specific_params``) are not looked at, as ``generate``
 does not. With ``renormalize_logits`` rules are CTranslate2's, which is the same for all but ``repetition_penalty`` with beams.
 """
 
@@ -27,19 +28,24 @@ from serving.bundle import DefaultOptions, field_faults
 
 # Settings that change what is decoded in a way that a bundle does not, and the values with which they change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
-    "diversity_penalty": (None, 0),
-    "do_sample": (None, False),
+    "dola_layers": (None,),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1),
     "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None, []),
     "forced_decoder_ids": (None, []),
     "guidance_scale": (None, 1),
-    "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0),
     "sequence_bias": (None, {}, []),
+    "stop_strings": (None, [], ""),
+    "watermarking_config": (None,),
+}
+# Those of how to search, which is the request's choice, and the values with which it is greedy or by beams that do not differ.
+_SEARCH: Mapping[str, tuple[Any, ...]] = {
+    "diversity_penalty": (None, 0),
+    "do_sample": (None, False),
+    "num_beam_groups": (None, 1),
 }
 # Settings that are default options of a bundle under the same name.
 _SAME = ("length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size")
@@ -65,9 +71,12 @@ class GenerationSettings:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know of settings that are read as others, a line each."""
-        if self.values.get("early_stopping") != "never":
-            return ()
-        return (f"{self.file_name}: early_stopping: 'never' is not supported; a beam search may end earlier, as with False",)
+        warnings = []
+        if self.values.get("early_stopping") == "never":
+            warnings.append("early_stopping: 'never' is not supported; a beam search may end earlier, as with False")
+        if chosen := [f"{name} {self.values[name]!r}" for name in _SEARCH if self.values.get(name) not in _SEARCH[name]]:
+            warnings.append(f"{', '.join(chosen)}: decoding is greedy unless a request asks for beams or sampling")
+        return tuple(f"{self.file_name}: {warning}" for warning in warnings)
 
     def start(self, *, has_default: bool) -> dict[str, Any]:
         """The field of ``config.json`` that states the start token, with the token that ``generate`` starts targets with.
@@ -105,14 +114,18 @@ class GenerationSettings:
             faults: of the whole checkpoint so far; every setting that a bundle has no place for is one.
         """
         found = setting_faults(self.values, _NEUTRAL)
-        own = {"forced_eos_token_id": config.eos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
-        found += setting_faults(self.values, {name: (None, token_id, [token_id]) for name, token_id in own.items()})
+        ends = self._ends(config, found)
+        forced = self._tokens("forced_eos_token_id", config, found)
+        if not set(forced) <= set(ends):
+            found.append(f"forced_eos_token_id: {forced} is not supported, only tokens that end a target, {ends}")
         chosen = {name: self.values[name] for name in _SAME if self.values.get(name) is not None}
         if chosen.get("early_stopping") == "never":
             del chosen["early_stopping"]
         chosen["ends_when_cut"] = self.values.get("forced_eos_token_id") is not None
         chosen["rules_of_generate"] = not self.values.get("renormalize_logits")
-        chosen["suppressed"] = self._suppressed(config, found)
+        chosen["end_ids"] = [] if ends == [config.eos_id] else ends
+        chosen["suppressed"] = self._suppressed(config, ends, found)
+        chosen["suppressed_first"] = self._tokens("begin_suppress_tokens", config, found)
         chosen |= self._lengths(hidden_tokens, found)
         try:
             options = DefaultOptions.model_validate(chosen)
@@ -122,7 +135,22 @@ class GenerationSettings:
         faults += [f"{self.file_name}: {fault}" for fault in found]
         return options
 
-    def _suppressed(self, config: ModelConfig, faults: list[str]) -> list[list[int]]:
+    def _ends(self, config: ModelConfig, faults: list[str]) -> list[int]:
+        """The tokens that end a target: those that are stated, or else that of the architecture."""
+        stated = self._tokens("eos_token_id", config, faults)
+        # As padding has no place in a target, it ends none either.
+        return [token_id for token_id in dict.fromkeys(stated) if token_id not in config.never_decoded] or [config.eos_id]
+
+    def _tokens(self, name: str, config: ModelConfig, faults: list[str]) -> list[int]:
+        """Tokens that a setting states, one or a list of them; none where it does not, or after a fault."""
+        stated = self.values.get(name)
+        tokens = [] if stated is None else stated if isinstance(stated, list) else [stated]
+        if not all(type(token_id) is int and 0 <= token_id < config.target_vocab_size for token_id in tokens):
+            faults.append(f"{name}: {stated!r}: is no token of the vocabulary, nor a list of such")
+            return []
+        return tokens
+
+    def _suppressed(self, config: ModelConfig, ends: list[int], faults: list[str]) -> list[list[int]]:
         """Sequences of tokens that no target has, without those that a bundle never decodes anyway."""
         sequences = list[list[int]]()
         for name in ("bad_words_ids", "suppress_tokens"):
@@ -134,7 +162,7 @@ class GenerationSettings:
             else:
                 sequences += listed or []
         # ``generate`` does not take the end-of-sentence token from anybody either.
-        without = [[token_id] for token_id in (*config.never_decoded, config.eos_id)]
+        without = [[token_id] for token_id in (*config.never_decoded, *ends)]
         return [sequence for sequence in sequences if sequence not in without]
 
     def _lengths(self, hidden_tokens: int, faults: list[str]) -> dict[str, int]:

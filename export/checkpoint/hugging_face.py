@@ -279,6 +279,11 @@ def special_tokens(directory: Path, settings: Mapping[str, Any], faults: list[st
     return []
 
 
+def first_of(values: Sequence[int] | int | None) -> Any:
+    """The end-of-sentence token where several may end a target: sources end with the first."""
+    return values[0] if isinstance(values, list) and values else values
+
+
 def one_of(values: Sequence[int] | int | None) -> Any:
     """A token id that may be written as a list of one."""
     return values[0] if isinstance(values, list) and len(values) == 1 else values

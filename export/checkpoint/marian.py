@@ -30,8 +30,8 @@ from export.checkpoint.hugging_face import (
     ACTIVATIONS,
     CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
+    first_of,
     is_of_type,
-    one_of,
     read_json,
     read_weights,
     rename,
@@ -104,7 +104,7 @@ class _MarianConfig(BaseModel):
     decoder_start_token_id: _TokenId = 58100
     scale_embedding: bool = False
     pad_token_id: _TokenId = 58100
-    eos_token_id: Annotated[_TokenId, BeforeValidator(one_of)] = 0
+    eos_token_id: Annotated[_TokenId, BeforeValidator(first_of)] = 0
     share_encoder_decoder_embeddings: bool = True
     tie_word_embeddings: bool = True
 

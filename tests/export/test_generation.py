@@ -132,8 +132,12 @@ def test_lengths_count_what_is_the_translations_own(
         ({"bad_words_ids": [[-1]]}, "bad_words_ids: [[-1]]: is no list of tokens of the vocabulary"),
         ({"suppress_tokens": [[5]]}, "suppress_tokens: [[5]]: is no list of tokens of the vocabulary"),
         ({"suppress_tokens": 5}, "suppress_tokens: 5: is no list of tokens of the vocabulary"),
-        ({"do_sample": True}, "do_sample: True is not supported, only None or False"),
-        ({"forced_eos_token_id": 9}, "forced_eos_token_id: 9 is not supported, only None or 3 or [3]"),
+        ({"begin_suppress_tokens": [64]}, "begin_suppress_tokens: [64]: is no token of the vocabulary, nor a list of such"),
+        ({"eos_token_id": [3, "4"]}, "eos_token_id: [3, '4']: is no token of the vocabulary, nor a list of such"),
+        ({"eos_token_id": 64}, "eos_token_id: 64: is no token of the vocabulary, nor a list of such"),
+        ({"forced_eos_token_id": 9}, "forced_eos_token_id: [9] is not supported, only tokens that end a target, [3]"),
+        ({"stop_strings": ["."]}, "stop_strings: ['.'] is not supported, only None or [] or ''"),
+        ({"encoder_no_repeat_ngram_size": 3}, "encoder_no_repeat_ngram_size: 3 is not supported, only None or 0"),
     ],
     ids=str,
 )
@@ -144,7 +148,7 @@ def test_settings_that_a_bundle_has_no_place_for(values: dict[str, Any], fault: 
 
 
 def test_every_fault_is_told_at_once() -> None:
-    _, faults = read({"penalty_alpha": 0.6, "eos_token_id": 9, "bad_words_ids": 5, "max_length": -1, "no_repeat_ngram_size": -1})
+    _, faults = read({"penalty_alpha": 0.6, "eos_token_id": -9, "bad_words_ids": 5, "max_length": -1, "no_repeat_ngram_size": -1})
     assert [fault.split(":")[1].strip() for fault in faults] == [
         "penalty_alpha",
         "eos_token_id",
@@ -160,6 +164,76 @@ def test_tokens_that_are_never_decoded_need_not_be_forbidden() -> None:
     options, faults = read({"bad_words_ids": [*never, [9, 10], [11]], "suppress_tokens": [12, config.pad_id]})
     assert faults == []
     assert options.suppressed == [[9, 10], [11], [12]]
+
+
+@pytest.mark.parametrize(
+    ("stated", "end_ids"),
+    [
+        (None, []),
+        (3, []),
+        ([3], []),
+        ([3, 9], [3, 9]),
+        ([9, 3, 9], [9, 3]),
+        # Targets end there alone, sources in the architecture's.
+        (9, [9]),
+        # Padding is never decoded, and ends no target.
+        ([3, 0], []),
+        ([0, 9], [9]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_tokens_that_end_targets(stated: Any, end_ids: list[int]) -> None:
+    options, faults = read({"eos_token_id": stated})
+    assert faults == []
+    assert options.end_ids == end_ids
+
+
+def test_what_is_forced_at_the_end_may_be_any_that_ends_targets() -> None:
+    for forced in (9, [9], [3, 9]):
+        options, faults = read({"eos_token_id": [3, 9], "forced_eos_token_id": forced, "bad_words_ids": [[9], [11]]})
+        assert faults == []
+        assert (options.ends_when_cut, options.end_ids, options.suppressed) == (True, [3, 9], [[11]])
+
+
+def test_tokens_that_no_target_starts_with() -> None:
+    options, faults = read({"begin_suppress_tokens": [3, 9]})
+    assert faults == []
+    assert (options.suppressed_first, options.suppressed) == ([3, 9], [])
+
+
+def test_how_to_search_is_the_requests_choice() -> None:
+    values = {"do_sample": True, "top_p": 0.9, "num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 0.0}
+    assert read(values) == (DefaultOptions(rules_of_generate=True), [])
+    assert GenerationSettings("g", values, {}).warnings == (
+        "g: do_sample True, num_beam_groups 2: decoding is greedy unless a request asks for beams or sampling",
+    )
+    assert GenerationSettings("g", {"do_sample": False, "num_beam_groups": None, "diversity_penalty": 0}, {}).warnings == ()
+
+
+def test_settings_that_change_no_target_are_no_fault() -> None:
+    """As configurations of older versions spell out, and what another padding token or a pipeline would have."""
+    values = {
+        "pad_token_id": 9,
+        "temperature": 1.0,
+        "top_k": 50,
+        "typical_p": 1.0,
+        "num_return_sequences": 1,
+        "output_scores": False,
+        "return_dict_in_generate": False,
+        "remove_invalid_values": False,
+        "prefix": "translate: ",
+        "task_specific_params": {"summarization": {"diversity_penalty": 1.0}},
+        "encoder_no_repeat_ngram_size": 0,
+        "exponential_decay_length_penalty": None,
+        "sequence_bias": None,
+        "forced_decoder_ids": None,
+        "penalty_alpha": 0.0,
+        "max_time": None,
+        "watermarking_config": None,
+    }
+    assert read(values) == (DefaultOptions(rules_of_generate=True), [])
+    assert GenerationSettings("g", values, {}).warnings == ()
 
 
 def test_a_search_that_is_not_ours_is_told() -> None:

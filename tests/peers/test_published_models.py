@@ -107,6 +107,8 @@ TUNED: Mapping[str, Any] = {
     "repetition_penalty": 1.3,
     "suppress_tokens": [*range(30, 60)],
 }
+# Targets that end at more than one token, and what none starts with.
+ENDED: Mapping[str, Any] = {"begin_suppress_tokens": [2, 25, 26], "eos_token_id": [2, 21, 40, 61]}
 PLAIN = PUBLISHED["nllb-200-distilled-600M"], PUBLISHED["bart-large-cnn"]
 MODELS = {
     **PUBLISHED,
@@ -114,6 +116,10 @@ MODELS = {
     "a BART, tuned": PublishedModel(
         config=PLAIN[1].config,
         generation={**(PLAIN[1].generation or {}), **TUNED, "early_stopping": True, "min_length": 0},
+    ),
+    "an NLLB of several ends": PublishedModel(config=PLAIN[0].config, generation={**(PLAIN[0].generation or {}), **ENDED}),
+    "a BART of several ends": PublishedModel(
+        config=PLAIN[1].config, generation={**(PLAIN[1].generation or {}), **ENDED, "min_length": 12, "forced_eos_token_id": 21}
     ),
 }
 M2M100_PAIRS, NLLB_PAIRS, MBART_PAIRS = (("en", "de"), ("de", "fr"), ("zu", "af")), families.NLLB_PAIRS, families.MBART_PAIRS
@@ -134,6 +140,8 @@ BUILDS = {
     "distilbart-cnn-12-6, 2020": Build(bart_without_mask, "Bart", then={"forced_bos_token_id": 0}, eagerness=8.0),
     "an NLLB, tuned": Build(families.nllb, "M2M100", NLLB_PAIRS, forces_language=True, eagerness=7.0),
     "a BART, tuned": Build(bart_without_mask, "Bart", eagerness=7.0),
+    "an NLLB of several ends": Build(families.nllb, "M2M100", NLLB_PAIRS, forces_language=True),
+    "a BART of several ends": Build(bart_without_mask, "Bart", eagerness=5.0),
     "pegasus-xsum": Build(families.pegasus, "Pegasus", eagerness=9.0),
     "pegasus-cnn_dailymail": Build(families.pegasus, "Pegasus", eagerness=8.0),
 }
@@ -312,7 +320,8 @@ def generate(peers: Peers, sources: list[tuple[int, ...]], pair: tuple[str, str]
 
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_a_request_that_leaves_it_open_gets_what_generate_makes(peers: Peers, num_beams: int) -> None:
-    preparer, eos_id = peers.served.preparer, peers.model.config.eos_token_id
+    preparer, stated = peers.served.preparer, peers.model.generation_config.eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
     options = RequestOptions(beam_size=num_beams, max_target_tokens=LONGEST if peers.build.is_endless else None)
     reasons, all_ids = [], set()
     for number, pair in enumerate(peers.build.pairs):
@@ -322,7 +331,7 @@ def test_a_request_that_leaves_it_open_gets_what_generate_makes(peers: Peers, nu
         for (_, mine), row in zip(ours, theirs, strict=True):
             # The first token may be the one that ends targets too.
             its = row[1 + hidden :]
-            assert list(mine.target_ids) == (its[: its.index(eos_id)] if eos_id in its else its)
+            assert list(mine.target_ids) == its[: next((i for i, token_id in enumerate(its) if token_id in ends), len(its))]
             all_ids.add(mine.target_ids)
             reasons.append(mine.finish_reason)
     lengths = [len(ids) for ids in all_ids]
