@@ -1,33 +1,25 @@
-"""Hugging Face's T5 and mT5 directories, which Flan-T5's and MADLAD-400's are too.
+"""Hugging Face's T5, mT5 and umT5 directories, which Flan-T5's and MADLAD-400's are too.
 
-A directory with ``config.json`` (``"model_type": "t5"`` or ``"mt5"``), the weights and ``spiece.model``; some have
-``tokenizer_config.json``, ``generation_config.json`` and ``samples.txt``. Knows their fields, the names of their tensors and what
-of SentencePiece's model becomes which token; does not know what a checkpoint becomes.
+A directory with ``config.json`` (``"model_type": "t5"``, ``"mt5"`` or ``"umt5"``), the weights and ``spiece.model`` or else
+``tokenizer.json``; some have ``tokenizer_config.json``, ``generation_config.json`` and ``samples.txt``. Knows their fields and
+the names of their tensors; does not know tokenizers (``t5_tokenizers.py``), nor what a checkpoint becomes.
 
 **Scales.** T5 does not divide scores by sqrt(d_k): its queries are multiplied by as much here. T5 1.0 multiplies the decoder's
-last states by d_model^-0.5: here their norm is. mT5 never does, whatever its ``tie_word_embeddings`` says, and whether there is
-an output projection of its own is told by the weights: newer versions of the library write that all are tied.
+last states by d_model^-0.5: here their norm is. umT5 does so where it states ``tie_word_embeddings``, mT5 never, whatever it
+states. Whether there is an output projection of its own is told by the weights: newer versions of the library write that all are
+tied.
 
-**Vocabulary.** What a model has beyond the pieces, or at their end, are sentinels (``<extra_id_0>``), which stand for gaps in the
-texts of its training, and padding to a round number. No translation has them, and they are left out.
-
-**Languages.** MADLAD-400 has pieces like ``<2de>``, by which a source tells the language to translate into. SentencePiece makes
-them of such text wherever it is; in the model that is written here they are control symbols, which no text makes. Where
-SentencePiece puts a piece for a space before one, sources have it too.
+**Positions.** Each layer of umT5 has biases of its own; a stack of the others shares them.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import sentencepiece
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
 from export.checkpoint.bart_config import Depth, Length, Size, TokenId
@@ -36,24 +28,19 @@ from export.checkpoint.generation import GenerationSettings, read_generation
 from export.checkpoint.hugging_face import (
     ACTIVATIONS,
     CONFIG_NAME,
-    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
-    added_tokens,
+    first_of,
     is_of_type,
-    one_of,
     read_json,
     read_weights,
     rename,
     setting_faults,
 )
+from export.checkpoint.t5_tokenizers import SENTENCEPIECE_NAME, T5Tokenizer, read_tokenizer
 from export.model import Activation, ModelConfig
-from serving.bundle import DefaultOptions, LanguageTokens, TokenizerSpec, field_faults
+from serving.bundle import DefaultOptions, LanguageTokens, field_faults
 from serving.errors import CheckpointError
-from serving.tokenizers import open_tokenizer
 
-SENTENCEPIECE_NAME = "spiece.model"
-
-_MODEL_TYPES = ("t5", "mt5")
 # Of models that do not say how long their texts may be: what they were trained on.
 _MAX_POSITIONS = 512
 _GATED = "gated-"
@@ -65,9 +52,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None, {}),
 }
-_TOKENIZER_CLASSES = tuple(f"{family}Tokenizer{fast}" for family in ("T5", "MT5") for fast in ("", "Fast"))
-_SENTINEL = re.compile("\u2581?<extra_id_[0-9]+>")
-_LANGUAGE = re.compile(r"<2(\w[\w-]*)>")
 _OUTPUT = "lm_head.weight"
 # One matrix; a file has it by any of these names.
 _EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
@@ -80,7 +64,6 @@ _ATTENTIONS = {
     "encoder": (("SelfAttention", "self_attention"),),
     "decoder": (("SelfAttention", "self_attention"), ("EncDecAttention", "cross_attention")),
 }
-_CONTROL = 3  # of SentencePiece's types of pieces
 
 
 class _T5Config(BaseModel):
@@ -88,7 +71,7 @@ class _T5Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    model_type: Literal["t5", "mt5"]
+    model_type: Literal["t5", "mt5", "umt5"]
     vocab_size: Size = 32128
     d_model: Size = 512
     d_kv: Size = 64
@@ -104,7 +87,7 @@ class _T5Config(BaseModel):
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool | None = None
     pad_token_id: TokenId = 0
-    eos_token_id: Annotated[TokenId, BeforeValidator(one_of)] = 1
+    eos_token_id: Annotated[TokenId, BeforeValidator(first_of)] = 1
     decoder_start_token_id: TokenId = 0
 
     @property
@@ -121,7 +104,7 @@ class _T5Config(BaseModel):
     def scales_states(self) -> bool:
         """Whether the decoder's last states are multiplied by d_model^-0.5."""
         stated = self.scale_decoder_outputs
-        return self.model_type == "t5" and (self.tie_word_embeddings if stated is None else stated)
+        return self.model_type != "mt5" and (self.tie_word_embeddings if stated is None else stated)
 
     def architecture_faults(self) -> list[str]:
         """Every field whose value contradicts another, or is one that this project's module has no place for."""
@@ -161,6 +144,7 @@ class _T5Config(BaseModel):
             positions="relative",
             relative_buckets=self.relative_attention_num_buckets,
             relative_distance=self.relative_attention_max_distance,
+            relative_per_layer=self.model_type == "umt5",
             max_positions=self.n_positions,
             bias=False,
             scale_embedding=False,
@@ -172,7 +156,7 @@ class _T5Config(BaseModel):
 
 
 class _MT5Config(_T5Config):
-    """With the defaults of ``MT5Config``."""
+    """With the defaults of ``MT5Config`` and ``UMT5Config``, which are the same."""
 
     vocab_size: Size = 250112
     d_ff: Size = 1024
@@ -181,28 +165,20 @@ class _MT5Config(_T5Config):
     feed_forward_proj: str = "gated-gelu"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pieces:
-    """What becomes of a SentencePiece model."""
-
-    # A model whose languages are control symbols, and which has no sentinels at its end.
-    model: bytes
-    size: int
-    # Language code -> its piece.
-    languages: dict[str, int]
-    # What SentencePiece puts before the piece of a language.
-    before_language: tuple[int, ...]
-    end_id: int
+_CONFIGS: Mapping[str, type[_T5Config]] = {"t5": _T5Config, "mt5": _MT5Config, "umt5": _MT5Config}
 
 
 class T5Reader:
     """Reads this format; see ``CheckpointReader``."""
 
-    description = f'Hugging Face T5 or mT5 ({CONFIG_NAME} with "model_type": "t5" or "mt5", weights, {SENTENCEPIECE_NAME})'
+    description = (
+        f'Hugging Face T5, mT5 or umT5 ({CONFIG_NAME} with "model_type": "t5", "mt5" or "umt5", weights, {SENTENCEPIECE_NAME} or '
+        f"{TOKENIZER_NAME})"
+    )
 
     def recognizes(self, directory: Path) -> bool:
-        """Whether ``config.json`` states either type; a broken one that mentions it is told what is wrong by ``read``."""
-        return any(is_of_type(directory, model_type) for model_type in _MODEL_TYPES)
+        """Whether ``config.json`` states one of the types; a broken one that mentions it is told what is wrong by ``read``."""
+        return any(is_of_type(directory, model_type) for model_type in _CONFIGS)
 
     def read(self, directory: Path) -> Checkpoint:
         """Read and check the whole checkpoint.
@@ -214,9 +190,7 @@ class T5Reader:
         document = read_json(directory / CONFIG_NAME, faults) or {}
         generation = read_generation(directory, document, faults)
         fields = _read_fields(document, generation, faults)
-        settings = read_json(directory / TOKENIZER_CONFIG_NAME, faults) or {}
-        faults += [f"{TOKENIZER_CONFIG_NAME}: {fault}" for fault in _tokenizer_faults(settings)]
-        pieces = _read_pieces(directory, settings, faults)
+        tokenizer = read_tokenizer(directory, faults)
         stored, weights_sha256, weights_name = read_weights(directory, faults)
         config = None if fields is None else _with_output(fields.architecture(), stored)
         forced = generation.forced_start(config, faults) if config else None
@@ -224,24 +198,25 @@ class T5Reader:
         defaults = generation.defaults(config, hidden_tokens=len(target_prefix), faults=faults) if config else DefaultOptions()
         tensors = _tensors(config, stored, weights_name, faults) if config and stored else {}
         sample_lines = read_samples(directory, faults)
-        if pieces and config:
-            config = _cut(config, tensors, pieces, faults)
-        if faults or fields is None or config is None or pieces is None:
+        if tokenizer and config:
+            config = _cut(config, tensors, tokenizer, faults)
+        if faults or fields is None or config is None or tokenizer is None:
             raise CheckpointError(directory, faults)
         _scale(fields, tensors)
-        languages = pieces.languages
+        languages = tokenizer.languages
         return Checkpoint(
             name=directory.resolve().name,
             config=config,
             tensors=tensors,
             languages=[],
             language_tokens=LanguageTokens(tokens=languages, before_source="target", before_target=False) if languages else None,
-            source_prefix=pieces.before_language,
+            source_prefix=tokenizer.source_prefix,
+            source_ends_with_eos=tokenizer.source_ends_with_eos,
             target_prefix=target_prefix,
-            defaults=_of_pieces(defaults, pieces.size),
+            defaults=_of_tokens(defaults, tokenizer.size),
             num_beams=generation.num_beams,
-            tokenizer=TokenizerSpec(kind="sentencepiece", source_model=SENTENCEPIECE_NAME, target_model=SENTENCEPIECE_NAME),
-            tokenizer_files={SENTENCEPIECE_NAME: pieces.model},
+            tokenizer=tokenizer.spec,
+            tokenizer_files=tokenizer.files,
             weights_sha256=weights_sha256,
             sample_lines=sample_lines,
             warnings=(*generation.warnings, *_warnings(document)),
@@ -258,9 +233,12 @@ def _parameter_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """(T5's name, ours) of every tensor but those of tokens, without ``.weight``."""
     inner = {"wi_0": "inner", "wi_1": "factor"} if config.gated else {"wi": "inner"}
     for side, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        yield f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{side}.relative_positions.buckets"
+        if not config.relative_per_layer:
+            yield f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{side}.relative_positions.buckets"
         for i in range(depth):
             theirs, ours = f"{side}.block.{i}.layer", f"{side}.layers.{i}"
+            if config.relative_per_layer:
+                yield f"{theirs}.0.SelfAttention.relative_attention_bias", f"{ours}.relative_positions.buckets"
             attentions = _ATTENTIONS[side]
             for at, (attn, attention) in enumerate(attentions):
                 for proj, projection in _PROJECTIONS.items():
@@ -278,70 +256,17 @@ def _read_fields(document: dict[str, Any], generation: GenerationSettings, fault
     if not document:
         return None
     found = setting_faults(document, _ONLY)
-    kind = _MT5Config if document.get("model_type") == "mt5" else _T5Config
     # null is as good as nothing where a field has a default.
     given = {name: value for name, value in {**document, **generation.start(has_default=True)}.items() if value is not None}
     fields = None
     try:
-        fields = kind.model_validate(given)
+        fields = _CONFIGS.get(str(document.get("model_type")), _T5Config).model_validate(given)
         found += (unsupported := fields.architecture_faults())
         fields = None if unsupported else fields
     except ValidationError as error:
         found += field_faults(error.errors())
     faults += [f"{CONFIG_NAME}: {fault}" for fault in found]
     return fields
-
-
-def _tokenizer_faults(settings: Mapping[str, Any]) -> list[str]:
-    supported: dict[str, tuple[Any, ...]] = {"tokenizer_class": (*_TOKENIZER_CLASSES, None), "sp_model_kwargs": (None, {})}
-    return setting_faults(settings, supported)
-
-
-def _read_pieces(directory: Path, settings: Mapping[str, Any], faults: list[str]) -> _Pieces | None:
-    """What becomes of ``spiece.model``; None after a fault."""
-    path = directory / SENTENCEPIECE_NAME
-    try:
-        serialized = path.read_bytes()
-        processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
-        model = sentencepiece_model_pb2.ModelProto.FromString(serialized)  # type: ignore[attr-defined]  # made at import
-    except FileNotFoundError:
-        fault = f"{SENTENCEPIECE_NAME}: is missing"
-        if (directory / TOKENIZER_NAME).exists():
-            fault += f"; {TOKENIZER_NAME} is not read in its place: put the model's SentencePiece file there"
-        faults.append(fault)
-        return None
-    except (OSError, RuntimeError) as error:
-        faults.append(f"{SENTENCEPIECE_NAME}: is no SentencePiece model: {error}")
-        return None
-    while model.pieces and _SENTINEL.fullmatch(model.pieces[-1].piece):
-        del model.pieces[-1]
-    languages = {}
-    for i, piece in enumerate(model.pieces):
-        if language := _LANGUAGE.fullmatch(piece.piece):
-            languages[language[1]] = i
-        if language or _SENTINEL.fullmatch(piece.piece):
-            piece.type = _CONTROL
-    size, known = len(model.pieces), {piece.piece for piece in model.pieces}
-    faults += [
-        f"added token {token!r} with id {token_id}: is not supported; {SENTENCEPIECE_NAME} has no such piece"
-        for token, token_id in added_tokens(directory, settings, faults).items()
-        if token not in known and not _SENTINEL.fullmatch(token)
-    ]
-    return _Pieces(
-        model=model.SerializeToString(),
-        size=size,
-        languages=languages,
-        before_language=_before_language(processor, languages),
-        end_id=processor.eos_id(),
-    )
-
-
-def _before_language(processor: sentencepiece.SentencePieceProcessor, languages: Mapping[str, int]) -> tuple[int, ...]:
-    """What SentencePiece puts before the piece of a language at the beginning of a text; nothing where it makes none of text."""
-    for code, token_id in languages.items():
-        ids: list[int] = processor.encode(f"<2{code}> a")
-        return tuple(ids[: ids.index(token_id)]) if token_id in ids else ()
-    return ()
 
 
 def _with_output(config: ModelConfig, stored: Mapping[str, Tensor]) -> ModelConfig:
@@ -357,34 +282,31 @@ def _tensors(config: ModelConfig, stored: Mapping[str, Tensor], file_name: str, 
     return rename(config, tensors, tensor_names(config), file_name, faults)
 
 
-def _cut(config: ModelConfig, tensors: dict[str, Tensor], pieces: _Pieces, faults: list[str]) -> ModelConfig:
-    """The architecture with as many tokens as there are pieces, and ``tensors`` likewise."""
-    size = pieces.size
-    if pieces.end_id != config.eos_id:
-        faults.append(f"{SENTENCEPIECE_NAME}: </s> has id {pieces.end_id}, the model's end-of-sentence token is {config.eos_id}")
+def _cut(config: ModelConfig, tensors: dict[str, Tensor], tokenizer: T5Tokenizer, faults: list[str]) -> ModelConfig:
+    """The architecture with as many tokens as the tokenizer needs, and ``tensors`` likewise."""
+    size, name = tokenizer.size, tokenizer.file_name
+    if tokenizer.end_id != config.eos_id:
+        faults.append(f"{name}: </s> has id {tokenizer.end_id}, the model's end-of-sentence token is {config.eos_id}")
     if size > config.target_vocab_size:
-        faults.append(f"{SENTENCEPIECE_NAME}: has {size} pieces, the vocabulary is of {config.target_vocab_size}")
+        faults.append(f"{name}: has {size} pieces, the vocabulary is of {config.target_vocab_size}")
         return config
-    for name in ("pad_id", "eos_id", "decoder_start_id"):
-        if getattr(config, name) >= size:
-            faults.append(f"{name.replace('_id', '_token_id')}: {getattr(config, name)} is none of {size} pieces")
-    try:
-        open_tokenizer(
-            TokenizerSpec(kind="sentencepiece", source_model=SENTENCEPIECE_NAME, target_model=SENTENCEPIECE_NAME),
-            {SENTENCEPIECE_NAME: pieces.model},
-        )
-    except ValueError as error:
-        faults.append(str(error))
-    for name in _TOKENS:
-        if name in tensors:
-            tensors[name] = tensors[name][:size].clone()
+    for field in ("pad_id", "eos_id", "decoder_start_id"):
+        if getattr(config, field) >= size:
+            faults.append(f"{field.replace('_id', '_token_id')}: {getattr(config, field)} is none of {size} pieces")
+    for tensor in _TOKENS:
+        if tensor in tensors:
+            tensors[tensor] = tensors[tensor][:size].clone()
     return config.model_copy(update={"source_vocab_size": size, "target_vocab_size": size})
 
 
-def _of_pieces(defaults: DefaultOptions, size: int) -> DefaultOptions:
-    """The same without what forbids tokens that are left out."""
-    suppressed = [sequence for sequence in defaults.suppressed if max(sequence) < size]
-    return defaults.model_copy(update={"suppressed": suppressed})
+def _of_tokens(defaults: DefaultOptions, size: int) -> DefaultOptions:
+    """The same without what forbids tokens that are left out, or would end a target at one."""
+    kept = {
+        "suppressed": [sequence for sequence in defaults.suppressed if max(sequence) < size],
+        "suppressed_first": [token_id for token_id in defaults.suppressed_first if token_id < size],
+        "end_ids": [token_id for token_id in defaults.end_ids if token_id < size],
+    }
+    return defaults.model_copy(update=kept)
 
 
 def _scale(fields: _T5Config, tensors: dict[str, Tensor]) -> None:

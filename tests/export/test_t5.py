@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,7 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
         "config.json: pad_token_id: 500 is outside a vocabulary of 80",
         "tokenizer_config.json: tokenizer_class: 'ByT5Tokenizer' is not supported, only 'T5Tokenizer' or 'T5TokenizerFast' or "
         "'MT5Tokenizer' or 'MT5TokenizerFast' or None",
-        "spiece.model: is missing",
+        "spiece.model: is missing, and so is tokenizer.json",
         "model.safetensors: is missing, and so is pytorch_model.bin",
     )
 
@@ -300,7 +301,7 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
         ({"layer_norm_epsilon": 0.0}, "config.json: layer_norm_epsilon: Input should be greater than 0"),
         ({"eos_token_id": 3}, "spiece.model: </s> has id 1, the model's end-of-sentence token is 3"),
         ({"decoder_start_token_id": 79}, "decoder_start_token_id: 79 is none of 64 pieces"),
-        ({"diversity_penalty": 1.2}, "config.json: diversity_penalty: 1.2 is not supported"),
+        ({"guidance_scale": 1.2}, "config.json: guidance_scale: 1.2 is not supported"),
         ({"forced_bos_token_id": 1}, "config.json: forced_bos_token_id: 1 cannot start a target"),
     ],
     ids=str,
@@ -328,18 +329,188 @@ def test_tensors_that_are_wrong_are_told_by_their_names(directory: Path) -> None
     ]
 
 
-def test_a_tokenizer_of_another_form_alone(directory: Path) -> None:
-    (directory / "spiece.model").unlink()
-    (directory / "tokenizer.json").write_text("{}")
-    assert faults_of(directory) == (
-        "spiece.model: is missing; tokenizer.json is not read in its place: put the model's SentencePiece file there",
-    )
-
-
 def test_a_broken_sentencepiece_model(directory: Path) -> None:
     (directory / "spiece.model").write_bytes(b"no model")
     (fault,) = faults_of(directory)
     assert fault.startswith("spiece.model: is no SentencePiece model")
+
+
+# A tokenizer.json alone.
+
+
+def whole_tokenizer(model: bytes, *, num_sentinels: int = 10, adds_languages: bool = False, **changes: Any) -> dict[str, Any]:
+    """The same pieces as the library writes them, with sentinels after them."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(num_sentinels))]
+    vocabulary = [[piece.piece, piece.score] for piece in proto.pieces] + [[sentinel, 0.0] for sentinel in sentinels]
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    added = ["<pad>", "</s>", "<unk>", *sentinels]
+    added += [token for token, _ in vocabulary if adds_languages and token.startswith("<2")]
+    ids = {token: i for i, (token, _) in enumerate(vocabulary)}
+    how = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": ids[token], "content": token, "special": not token.startswith("<2"), **how} for token in added],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
+        "post_processor": template(after=[1]),
+        "decoder": space,
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": False},
+        **changes,
+    }
+
+
+def template(*, before: Sequence[int] = (), after: Sequence[int] = ()) -> dict[str, Any]:
+    def parts(ids: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": f"<{i}>", "type_id": 0}} for i in ids]
+
+    single = [*parts(before), {"Sequence": {"id": "A", "type_id": 0}}, *parts(after)]
+    tokens = {f"<{i}>": {"id": f"<{i}>", "ids": [i], "tokens": [f"<{i}>"]} for i in (*before, *after)}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+
+
+def write_whole(directory: Path, document: Any) -> Path:
+    """In the place of the SentencePiece model."""
+    write(directory, theirs())
+    (directory / "spiece.model").unlink()
+    (directory / "tokenizer.json").write_text(json.dumps(document))
+    return directory
+
+
+@pytest.mark.parametrize("stated", [None, "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_tokenizer_json_alone(tmp_path: Path, stated: str | None) -> None:
+    directory = write_whole(tmp_path / "t5", whole_tokenizer(pieces()))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": stated}))
+    checkpoint, whole = read_checkpoint(directory), sentencepiece.SentencePieceProcessor(model_proto=pieces())
+    assert checkpoint.tokenizer.kind == "hugging_face"
+    assert (checkpoint.config.target_vocab_size, checkpoint.source_ends_with_eos) == (PIECES, True)
+    assert (checkpoint.source_prefix, checkpoint.language_tokens) == ((), None)
+    tokenizer = tokenizer_of(checkpoint)
+    for text in SAMPLE_LINES:
+        assert tokenizer.encode(text) == whole.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert max(tokenizer.encode("a <extra_id_0> b")) < PIECES
+    assert tokenizer.decode([PIECES + 3]) == ""
+
+
+@pytest.mark.parametrize("adds_languages", [False, True])
+def test_languages_of_a_tokenizer_json(tmp_path: Path, adds_languages: bool) -> None:
+    document = whole_tokenizer(pieces(languages=("de", "fr")), adds_languages=adds_languages)
+    checkpoint = read_checkpoint(write_whole(tmp_path / "madlad", document))
+    told, tokenizer = checkpoint.language_tokens, tokenizer_of(checkpoint)
+    assert told is not None
+    assert told.tokens == {"de": 3, "fr": 4}
+    # What the library makes of a source that spells its language.
+    library = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(document))
+    for text in SAMPLE_LINES[:4]:
+        source = [*checkpoint.source_prefix, told.tokens["fr"], *tokenizer.encode(text), 1]
+        assert source == library.encode(f"<2fr> {text}").ids
+    assert bool(checkpoint.source_prefix) != adds_languages
+    assert {3, 4}.isdisjoint(tokenizer.encode("<2de> a <2fr>"))
+    assert tokenizer.decode([3, 4]) == ""
+
+
+@pytest.mark.parametrize(
+    ("processor", "source_prefix", "ends_with_eos"),
+    [(None, (), False), (template(), (), False), (template(before=[5], after=[1]), (5,), True)],
+    ids=["none", "nothing", "both sides"],
+)
+def test_what_a_tokenizer_json_puts_around_a_source(
+    tmp_path: Path, processor: Any, source_prefix: tuple[int, ...], ends_with_eos: bool
+) -> None:
+    checkpoint = read_checkpoint(write_whole(tmp_path / "t5", whole_tokenizer(pieces(), post_processor=processor)))
+    assert (checkpoint.source_prefix, checkpoint.source_ends_with_eos) == (source_prefix, ends_with_eos)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}},
+            "tokenizer.json: post_processor: is not supported, only a template of one text",
+        ),
+        (
+            {"post_processor": {**template(after=[1]), "special_tokens": {}}},
+            "tokenizer.json: post_processor: is not supported, only a template of one text",
+        ),
+        ({"post_processor": template(after=[1, 1])}, "tokenizer.json: post_processor: puts [1, 1] after a text; only </s> is"),
+        ({"decoder": {"type": "Nonsense"}}, "tokenizer.json: is no tokenizer"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_json_that_is_wrong(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    (found,) = faults_of(write_whole(tmp_path / "t5", whole_tokenizer(pieces(), **changes)))
+    assert found.startswith(fault)
+
+
+def test_a_tokenizer_json_whose_unknown_text_ends_a_source(tmp_path: Path) -> None:
+    document = whole_tokenizer(pieces())
+    document["model"]["unk_id"] = 1
+    assert faults_of(write_whole(tmp_path / "t5", document)) == (
+        "tokenizer.json: unknown text becomes </s>; put the model's spiece.model there",
+    )
+
+
+def test_a_tokenizer_json_that_is_not_json(tmp_path: Path) -> None:
+    directory = write_whole(tmp_path / "t5", {})
+    (directory / "tokenizer.json").write_text("{")
+    (fault,) = faults_of(directory)
+    assert fault.startswith("tokenizer.json: is not JSON")
+
+
+def test_sentencepieces_model_goes_before_a_tokenizer_json(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text(json.dumps(whole_tokenizer(pieces())))
+    assert read_checkpoint(directory).tokenizer.kind == "sentencepiece"
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (fault,) = faults_of(directory)
+    assert fault.startswith("tokenizer_config.json: tokenizer_class: 'PreTrainedTokenizerFast' is not supported")
+
+
+# umT5.
+
+
+def test_umt5_has_positions_of_each_layer(tmp_path: Path) -> None:
+    directory = write(tmp_path / "umt5", theirs(relative_per_layer=True), model_type="umt5")
+    checkpoint, stored = read_checkpoint(directory), load_file(directory / "model.safetensors")
+    assert checkpoint.config.relative_per_layer
+    names = {name: name for name in checkpoint.tensors if "relative_positions" in name}
+    assert sorted(names) == [
+        "decoder.layers.0.relative_positions.buckets.weight",
+        "encoder.layers.0.relative_positions.buckets.weight",
+        "encoder.layers.1.relative_positions.buckets.weight",
+    ]
+    for name in names:
+        side, _, i, _ = name.split(".", 3)
+        theirs_name = f"{side}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+        assert torch.equal(checkpoint.tensors[name], stored[theirs_name])
+    build_model(checkpoint)
+
+
+def test_umt5_without_positions_of_a_layer(tmp_path: Path) -> None:
+    directory = write(tmp_path / "umt5", theirs(), model_type="umt5")
+    assert faults_of(directory) == (
+        "model.safetensors: encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight: missing, expected [32, 2]",
+    )
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_umt5_scales_the_last_states_where_it_states_that_its_embeddings_are_tied(tmp_path: Path, is_tied: bool) -> None:
+    made = theirs(relative_per_layer=True, tie_output=is_tied)
+    directory = write(tmp_path / "umt5", made, model_type="umt5", tie_word_embeddings=is_tied)
+    norm = load_file(directory / "model.safetensors")["decoder.final_layer_norm.weight"]
+    torch.testing.assert_close(read_checkpoint(directory).tensors["decoder.final_norm.weight"], norm / 4 if is_tied else norm)
+
+
+# Several ends.
+
+
+def test_targets_may_end_at_several_tokens(directory: Path) -> None:
+    edit_json(directory / "config.json", lambda config: config.update(eos_token_id=[1, 9, 70]))
+    checkpoint = read_checkpoint(directory)
+    # Sources end at the first; one that is left out ends nothing.
+    assert (checkpoint.config.eos_id, checkpoint.defaults.end_ids) == (1, [1, 9])
+    (directory / "generation_config.json").write_text('{"eos_token_id": [9], "begin_suppress_tokens": [1, 70]}')
+    defaults = read_checkpoint(directory).defaults
+    assert (defaults.end_ids, defaults.suppressed_first) == ([9], [1])
 
 
 # Words before every source.
