@@ -213,8 +213,8 @@ def test_a_file_of_its_own_has_all_settings_of_generate(bart: Path) -> None:
     (bart / "generation_config.json").write_text("{}")
     assert read_checkpoint(bart).target_prefix == ()
     assert read_checkpoint(bart).defaults.no_repeat_ngram_size == 0
-    (bart / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "begin_suppress_tokens": [5]}')
-    assert faults_of(bart) == ("generation_config.json: begin_suppress_tokens: [5] is not supported, only None or []",)
+    (bart / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 3}')
+    assert faults_of(bart) == ("generation_config.json: encoder_no_repeat_ngram_size: 3 is not supported, only None or 0",)
 
 
 def test_every_unsupported_setting_is_named_at_once(bart: Path) -> None:
