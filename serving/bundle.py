@@ -433,8 +433,8 @@ def _default_faults(manifest: ManifestDraft) -> Iterator[str]:
     for tokens in defaults.suppressed:
         if max(tokens) >= size:
             yield f"defaults.suppressed: {tokens} is outside a vocabulary of {size}"
-        elif tokens == [manifest.ids.eos]:
-            yield f"defaults.suppressed: {tokens} is the end-of-sentence token"
+        elif tokens in [[token_id] for token_id in defaults.end_ids or (manifest.ids.eos,)]:
+            yield f"defaults.suppressed: {tokens} is a token that ends targets"
     for field, ids in (("suppressed_first", defaults.suppressed_first), ("end_ids", defaults.end_ids)):
         yield from (f"defaults.{field}: {i} is outside a vocabulary of {size}" for i in ids if i >= size)
     never = {manifest.ids.pad, manifest.ids.decoder_start} - {manifest.ids.eos}
