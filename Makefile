@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH ?= $(TORCH_PIN)
 # What `make test` runs, with any options of pytest's.
 TESTS ?= tests
+# How many processes share the tests out among them, a file at a time; 0 runs them in pytest's own, as a debugger needs it.
+TEST_PROCESSES ?= auto
 # int8 or fp32: the precision in which the bundled checkpoint is exported.
 PRECISION ?= int8
 # Further options of `onnxlate serve` and of `uv pip compile` (for example --upgrade).
@@ -70,7 +72,7 @@ types: $(INSTALLED)  ## Check types, strictly.
 	$(BIN)/mypy
 
 test: $(INSTALLED)  ## Run the tests; TESTS narrows them down.
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 # They need onnxruntime-gpu (requirements/serve-gpu.txt) in place of onnxruntime in the environment; -rs says why they were skipped.
 test-gpu: $(INSTALLED)  ## Run the tests that need a CUDA device; without one they are skipped.
