@@ -31,13 +31,13 @@ def calibrated_graphs(model: Transformer, references: Iterable[Reference]) -> tu
     for reference in references:
         step_through(reference)
     _quantize_caches(encoder, decoder, model.config.num_heads)
-    _quantize_tables(encoder, decoder)
+    quantize_tables(encoder, decoder)
     for graph in (encoder, decoder):
         _quantize_products(graph)
     return encoder, decoder
 
 
-def _quantize_tables(encoder: EncoderGraph, decoder: DecoderStepGraph) -> None:
+def quantize_tables(encoder: EncoderGraph, decoder: DecoderStepGraph) -> None:
     """Put tables of bytes in the place of the tables of tokens: one in the place of a shared one."""
     source, target = encoder.embedding.tokens, decoder.embedding.tokens
     assert isinstance(source, TokenTable)

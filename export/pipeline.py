@@ -23,6 +23,7 @@ from export.graph_files import LARGEST_EMBEDDED_BYTES, TracedGraph, write_graphs
 from export.graphs import DecoderStepGraph, Device, EncoderGraph, lay_out, max_candidates
 from export.model import ModelConfig, Transformer
 from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
+from export.row_scales import row_scaled_graphs
 from export.samples import Samples, draw_samples
 from export.writer import Owned, check_destination, working_directory, write_bundle
 from serving.bundle import (
@@ -34,6 +35,7 @@ from serving.bundle import (
     Bundle,
     Certificate,
     Comparison,
+    Int8Scales,
     LanguagePair,
     ManifestDraft,
     ModelLimits,
@@ -50,6 +52,7 @@ def export_bundle(
     bundle: Path,
     *,
     precision: Precision = "fp32",
+    int8_scales: Int8Scales | None = None,
     languages: Sequence[LanguagePair] = (),
     source_prefix: str = "",
     overwrite: bool = False,
@@ -65,7 +68,10 @@ def export_bundle(
     Args:
         checkpoint: a directory that ``export.checkpoint`` can read.
         bundle: the directory to write; written whole, or not at all.
-        precision: "fp32", "int8" (products and caches; half of the sample sentences are for its scales) or "fp16" (for CUDA).
+        precision: "fp32", "int8" or "fp16" (for CUDA).
+        int8_scales: of activations, in int8: "constant" (caches are int8 too; half of the sample sentences are for the scales) or
+            "row" (nothing is measured beforehand; caches are in float32). None is "constant" where the checkpoint has sample
+            sentences, and "row" where it has none.
         languages: what it translates from and into, where the checkpoint does not say so, or too much.
         source_prefix: text that every source starts with, such as the task that a model of several tasks is told.
         overwrite: replace a bundle that is there.
@@ -74,11 +80,13 @@ def export_bundle(
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
-        ExportError: the destination is taken, ``source_prefix`` has no tokens of its own or no place, ``precision`` is not for
-            this model, there is one sample sentence for two purposes, the graphs are too far from the model, or the bundle could
-            not be written.
+        ExportError: the destination is taken, ``int8_scales`` is given for another precision, ``source_prefix`` has no tokens of
+            its own or no place, ``precision`` is not for this model, there is one sample sentence for two purposes, the graphs
+            are too far from the model, or the bundle could not be written.
     """
     check_destination(bundle, overwrite=overwrite)
+    if int8_scales is not None and precision != "int8":
+        raise ExportError(f"int8_scales: {int8_scales} is for int8, and the precision is {precision}")
     source = _with_prefix(read_checkpoint(checkpoint), source_prefix)
     if languages:
         source = with_languages(source, languages)
@@ -92,8 +100,11 @@ def export_bundle(
             "precision: fp16 is for CUDA, where the runtime's attention over in-place caches takes no relative positions, which "
             "this model has; int8 and fp32, for a CPU, are supported"
         )
+    if precision == "int8" and int8_scales is None:
+        # Constant ones are the faster, and no better than what they were measured on.
+        int8_scales = "constant" if source.sample_lines else "row"
     model = build_model(source)
-    samples = draw_samples(source, calibrate=precision == "int8")
+    samples = draw_samples(source, calibrate=int8_scales == "constant")
     for warning in _warnings(source, samples):
         tqdm.write(warning, file=sys.stderr)
     source = replace(source, tensors={})
@@ -114,7 +125,12 @@ def export_bundle(
         gc.collect()  # what the tracer made refers in circles to the weights that it was given
         if precision != "fp32":
             certify.phase(f"trace {precision}")
-            traced = _trace_int8(model, samples, work) if precision == "int8" else _trace_fp16(model)
+            if precision == "fp16":
+                traced = _trace_fp16(model)
+            elif int8_scales == "row":
+                traced = _trace(config, row_scaled_graphs(model))
+            else:
+                traced = _trace_constant_int8(model, samples, work)
             graphs = write_graphs(work / precision, traced, largest_embedded_bytes=largest_embedded_bytes)
             del traced
         # From here on the memory is the runtime's.
@@ -143,7 +159,7 @@ def export_bundle(
             decoded_tokens=sum(len(r.target_ids) for r in references),
             comparisons=certify.comparisons,
         )
-        return write_bundle(bundle, files, _manifest(source, precision, certificate), overwrite=overwrite)
+        return write_bundle(bundle, files, _manifest(source, precision, int8_scales, certificate), overwrite=overwrite)
 
 
 def _with_prefix(checkpoint: Checkpoint, text: str) -> Checkpoint:
@@ -192,7 +208,7 @@ def _warnings(checkpoint: Checkpoint, samples: Samples) -> list[str]:
     """What its user has to know of an export that succeeds, one line each, and what can be done about it."""
     warnings = list(checkpoint.warnings)
     if samples.source == "random_ids":
-        measured = "the certificate and the scales of int8 are" if samples.calibrate else "the certificate is"
+        measured = "the certificate and the constant scales of int8 are" if samples.calibrate else "the certificate is"
         warnings.append(
             f"{measured} measured on random token ids, not on text: put some sentences of source text, one a line, "
             f"in {SAMPLES_NAME} beside the model"
@@ -200,7 +216,7 @@ def _warnings(checkpoint: Checkpoint, samples: Samples) -> list[str]:
     return warnings
 
 
-def _trace_int8(model: Transformer, samples: Samples, work: Path) -> dict[str, TracedGraph]:
+def _trace_constant_int8(model: Transformer, samples: Samples, work: Path) -> dict[str, TracedGraph]:
     references = verify.make_references(model, samples.calibrate, logits_directory=work / "calibration")
     return _trace(model.config, calibrated_graphs(model, references), torch.int8)
 
@@ -216,12 +232,15 @@ def _trace(
     return {ENCODER_NAME: export_encoder(encoder), DECODER_NAME: export_decoder(decoder, config, cache_dtype)}
 
 
-def _manifest(checkpoint: Checkpoint, precision: Precision, certificate: Certificate) -> ManifestDraft:
+def _manifest(
+    checkpoint: Checkpoint, precision: Precision, int8_scales: Int8Scales | None, certificate: Certificate
+) -> ManifestDraft:
     config = checkpoint.config
     return ManifestDraft(
         format_revision=FORMAT_REVISION,
         name=checkpoint.name,
         precision=precision,
+        int8_scales=int8_scales,
         architecture=Architecture(
             d_model=config.d_model,
             num_heads=config.num_heads,

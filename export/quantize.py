@@ -22,13 +22,15 @@ SMALLEST_MAXIMUM = 1e-10
 def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> int8 [K, N], symmetric, and the scale [N] of each output column."""
     weight = weight.detach()
-    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=SMALLEST_MAXIMUM) / 127
+    # Multiplied, as CTranslate2 does: of weights stored in half precision many lie in the middle of two bytes, and a division
+    # would round some of these to the other one.
+    steps = 127 / torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=SMALLEST_MAXIMUM)
     quantized = torch.empty(weight.shape[::-1], dtype=torch.int8)
     rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         at = slice(start, start + rows)
-        quantized[:, at] = (weight[at] / scale[at, None]).round_().clamp_(-127, 127).t()
-    return quantized, scale
+        quantized[:, at] = (weight[at] * steps[at, None]).round_().clamp_(-127, 127).t()
+    return quantized, 1 / steps
 
 
 class ObservedLinear(nn.Module):
@@ -95,9 +97,9 @@ class CalibratedInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         if torch.onnx.is_in_onnx_export():
-            return _integer_product(x, self.weight, self.scale, self.weight_scale, self.zero_point, self.bias)
+            return integer_product(x, self.weight, self.scale, self.weight_scale, self.zero_point, self.bias)
         zero = int(self.zero_point)
-        product = _exact_product(x / self.scale, self.weight, -zero, 255 - zero).float() * (self.scale * self.weight_scale)
+        product = exact_product(x / self.scale, self.weight, -zero, 255 - zero).float() * (self.scale * self.weight_scale)
         return product if self.bias is None else product + self.bias
 
 
@@ -130,7 +132,7 @@ class RoundToInt8(nn.Module):
         return x.round().clamp(-128, 127).to(torch.int8)
 
 
-def _integer_product(
+def integer_product(
     x: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, zero_point: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The operators: scale * weight_scale * (q(x / scale) @ weight) + bias, in the graph that is being traced."""
@@ -145,6 +147,6 @@ def _integer_product(
     )
 
 
-def _exact_product(scaled: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+def exact_product(scaled: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
     """Sums of products of bytes are exact in float64 always; in float32 up to K of 1,032 with zero point 128, of 518 with 0."""
     return scaled.round().clamp(low, high).double() @ weight.double()

@@ -38,6 +38,9 @@ FORMAT_REVISION = 4
 _SUPPORTED_REVISIONS = (4,)
 
 Precision = Literal["fp32", "int8", "fp16"]
+# Of int8's activations: measured at export and the same for all, with caches in int8; or each row's own, found at run time, with
+# caches in float32.
+Int8Scales = Literal["constant", "row"]
 # Real source sentences that came with the checkpoint, or ids drawn from its vocabulary.
 SampleSource = Literal["sentences", "random_ids"]
 Count = Annotated[int, Field(gt=0)]
@@ -293,6 +296,8 @@ class ManifestDraft(_Record):
     format_revision: int
     name: Text
     precision: Precision
+    # None where the precision is not int8, and in bundles made before this was stated: constant.
+    int8_scales: Int8Scales | None = None
     architecture: Architecture
     ids: SpecialIds
     limits: ModelLimits
@@ -307,6 +312,11 @@ class ManifestDraft(_Record):
     tokenizer: AnyTokenizerSpec
     provenance: Provenance
     certificate: Certificate
+
+    @property
+    def has_int8_caches(self) -> bool:
+        """Whether the graphs keep keys and values in bytes."""
+        return self.precision == "int8" and self.int8_scales != "row"
 
 
 class Manifest(ManifestDraft):
@@ -391,6 +401,8 @@ def manifest_faults(manifest: ManifestDraft, file_names: Iterable[str]) -> list[
     if manifest.precision == "fp16":
         required.append(CACHE_ROWS_NAME)
     faults += [f"{name}: needed, and not among the bundle's files" for name in required if name not in names]
+    if manifest.int8_scales is not None and manifest.precision != "int8":
+        faults.append(f"{MANIFEST_NAME}: int8_scales: {manifest.int8_scales} in a bundle of {manifest.precision}")
     ids, sizes = manifest.ids, manifest.architecture
     for field, token_id, size in (
         ("pad", ids.pad, min(sizes.source_vocab_size, sizes.target_vocab_size)),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from tqdm import tqdm
 
-from serving.bundle import LanguagePair, Precision, read_bundle
+from serving.bundle import Int8Scales, LanguagePair, Precision, read_bundle
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import ExportError, OnnxlateError
 from serving.inspection import describe
@@ -398,6 +398,12 @@ def inspect(bundle: Path) -> None:
     "--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the weights; int8 for CPU, fp16 for CUDA."
 )
 @click.option(
+    "--int8-scales",
+    type=click.Choice(get_args(Int8Scales)),
+    help="Of int8's activations: constant, measured on sentences, the fastest; or one a row, found at run time, as in "
+    "CTranslate2. By default constant where there are sentences.",
+)
+@click.option(
     "--languages",
     metavar="SOURCE:TARGET",
     multiple=True,
@@ -410,19 +416,28 @@ def export(
     checkpoint: Path,
     bundle: Path,
     precision: Precision,
+    int8_scales: Int8Scales | None,
     languages: tuple[LanguagePair, ...],
     source_prefix: str,
     overwrite: bool,
 ) -> None:
     """Export the trained CHECKPOINT, a directory or a file, to the new directory BUNDLE.
 
-    What is measured, the certificate and the scales of int8, is measured on the sentences in CHECKPOINT/samples.txt, one a line.
+    The certificate, and constant scales of int8, are measured on the sentences in CHECKPOINT/samples.txt, one a line.
     """
     try:
         from export.pipeline import export_bundle
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed: exporting needs the extra onnxlate[export]") from error
-    export_bundle(checkpoint, bundle, precision=precision, languages=languages, source_prefix=source_prefix, overwrite=overwrite)
+    export_bundle(
+        checkpoint,
+        bundle,
+        precision=precision,
+        int8_scales=int8_scales,
+        languages=languages,
+        source_prefix=source_prefix,
+        overwrite=overwrite,
+    )
     click.echo(f"wrote {bundle}", err=True)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serving.bundle import Certificate, DefaultOptions, Manifest
+from serving.bundle import Certificate, DefaultOptions, Int8Scales, Manifest
+
+_INT8_SCALES: dict[Int8Scales, str] = {"constant": "constant scales", "row": "a scale for each row, found at run time"}
 
 
 def describe(manifest: Manifest) -> str:
@@ -18,7 +20,7 @@ def describe(manifest: Manifest) -> str:
     facts = {
         "name": manifest.name,
         "version": manifest.version(),
-        "precision": manifest.precision,
+        "precision": manifest.precision + ("" if manifest.int8_scales is None else f", {_INT8_SCALES[manifest.int8_scales]}"),
         "languages": ", ".join(f"{pair.source} -> {pair.target}" for pair in manifest.languages) or "not stated",
         "model": f"{layers}, d_model {sizes.d_model}, {sizes.num_heads} heads of {sizes.head_dim}",
         "vocabulary": f"{sizes.source_vocab_size} source, {sizes.target_vocab_size} target",

@@ -82,7 +82,7 @@ def load_graphs(bundle: Bundle, paths: tuple[Path, ...], *, device: str, threads
     if faults := [fault for path in paths for fault in external_data_faults(path, bundle.manifest.files)]:
         raise BundleError(bundle.directory, faults)
     # Over bytes, tiles are slower.
-    tiled = bundle.manifest.precision != "int8"
+    tiled = not bundle.manifest.has_int8_caches
     if tiled:
         # With more threads than heads they would share out the keys of a row, whose bits would then depend on the threads.
         threads = min(threads, bundle.manifest.architecture.num_heads)

@@ -311,7 +311,7 @@ class NoTimeError(Exception):
     ("precision", "measured"),
     [
         ("fp32", "the certificate is measured on"),
-        ("int8", "the certificate and the scales of int8 are measured on"),
+        ("int8", "the certificate is measured on"),
         ("fp16", "the certificate is measured on"),
     ],
     ids=["fp32", "int8", "fp16"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.checkpoint import Checkpoint, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import Bundle, Precision
+from serving.bundle import Bundle, Int8Scales, Precision
 from serving.config import EngineConfig
 from serving.engine import Engine
 from serving.request import DecodingOptions, Hypothesis, Outcome, Sequence
@@ -27,6 +27,8 @@ class Subject:
 
     directory: Path
     work: Path
+    # Of its bundle in int8; None is the default of export.
+    int8_scales: Int8Scales | None = None
     checkpoint: Checkpoint = field(init=False)
     _bundles: dict[Precision, Bundle] = field(default_factory=dict)
 
@@ -36,7 +38,10 @@ class Subject:
     def bundle(self, precision: Precision) -> Bundle:
         """The checkpoint's bundle in this precision."""
         if precision not in self._bundles:
-            made = export_bundle(self.directory, self.work / precision, precision=precision, show_progress=False)
+            scales = self.int8_scales if precision == "int8" else None
+            made = export_bundle(
+                self.directory, self.work / precision, precision=precision, int8_scales=scales, show_progress=False
+            )
             self._bundles[precision] = made
         return self._bundles[precision]
 

@@ -191,6 +191,22 @@ def test_json_that_is_no_manifest(directory: Path, document: Any) -> None:
     assert all(fault.startswith("manifest.json: ") for fault in faults_of(directory))
 
 
+@pytest.mark.parametrize(
+    ("stated", "in_bytes"), [({}, True), ({"int8_scales": "constant"}, True), ({"int8_scales": "row"}, False)], ids=str
+)
+def test_caches_follow_from_the_scales(stated: dict[str, str], in_bytes: bool) -> None:
+    assert Manifest.model_validate(manifest_fields() | stated).has_int8_caches is in_bytes
+    assert not Manifest.model_validate(manifest_fields() | {"precision": "fp32"}).has_int8_caches
+
+
+def test_scales_are_of_int8_and_of_a_known_kind(directory: Path) -> None:
+    write_manifest(directory, manifest_fields() | {"precision": "fp32", "int8_scales": "row"})
+    assert faults_of(directory) == ("manifest.json: int8_scales: row in a bundle of fp32",)
+    write_manifest(directory, manifest_fields() | {"int8_scales": "column"})
+    (fault,) = faults_of(directory)
+    assert fault.startswith("manifest.json: int8_scales: ")
+
+
 def test_every_fault_of_the_files_is_told_at_once(directory: Path) -> None:
     fields = manifest_fields()
     fields["tokenizer"]["target_model"] = "target.model"
@@ -470,6 +486,14 @@ def test_describe() -> None:
         "  cached_pytorch  full pass     1.00e-06                  1e-03      100.00%",
         "  onnx_int8       PyTorch fp32  2.50e-01                  none       98.76%",
     ]
+
+
+@pytest.mark.parametrize(
+    ("int8_scales", "told"), [("constant", "int8, constant scales"), ("row", "int8, a scale for each row, found at run time")]
+)
+def test_describe_tells_the_scales(int8_scales: str, told: str) -> None:
+    manifest = Manifest.model_validate(manifest_fields() | {"int8_scales": int8_scales})
+    assert f"  precision   {told}" in describe(manifest).splitlines()
 
 
 @pytest.mark.parametrize("kind", [None, "words"])

@@ -479,9 +479,24 @@ def test_export_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.pipeline.export_bundle", lambda *arguments, **options: seen.append((arguments, options)))
     pairs = (LanguagePair(source="en", target="de"), LanguagePair(source="en", target="zh-Hant"))
     stated = ("--languages", "en:de", "--languages", "en:zh-Hant", "--source-prefix", "translate: ")
-    assert run("export", "checkpoint", "bundle", "--precision", "int8", *stated, "--overwrite").exit_code == 0
-    options = {"precision": "int8", "languages": pairs, "source_prefix": "translate: ", "overwrite": True}
+    int8 = ("--precision", "int8", "--int8-scales", "row")
+    assert run("export", "checkpoint", "bundle", *int8, *stated, "--overwrite").exit_code == 0
+    scaled = {"precision": "int8", "int8_scales": "row"}
+    options = {**scaled, "languages": pairs, "source_prefix": "translate: ", "overwrite": True}
     assert seen == [((Path("checkpoint"), Path("bundle")), options)]
+
+
+def test_export_leaves_the_scales_to_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("export.pipeline.export_bundle", lambda *_, **options: seen.append(options["int8_scales"]))
+    assert run("export", "checkpoint", "bundle", "--precision", "int8").exit_code == 0
+    assert seen == [None]
+
+
+def test_scales_of_no_known_kind_are_refused() -> None:
+    result = run("export", "checkpoint", "bundle", "--int8-scales", "column")
+    assert result.exit_code == 2
+    assert "'column' is not one of 'constant', 'row'" in result.stderr
 
 
 def test_export_without_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

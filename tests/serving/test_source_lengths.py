@@ -33,10 +33,13 @@ def roomy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("roomy") / "checkpoint", tiny_config(max_positions=MAX_POSITIONS))
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+@pytest.fixture(
+    scope="module", params=[("fp32", None), ("int8", "constant"), ("int8", "row")], ids=["fp32", "int8", "int8 by row"]
+)
 def roomy_bundle(request: pytest.FixtureRequest, roomy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    directory = tmp_path_factory.mktemp("roomy") / request.param
-    return export_bundle(roomy_checkpoint, directory, precision=request.param, show_progress=False)
+    precision, int8_scales = request.param
+    directory = tmp_path_factory.mktemp("roomy") / "bundle"
+    return export_bundle(roomy_checkpoint, directory, precision=precision, int8_scales=int8_scales, show_progress=False)
 
 
 @pytest.fixture(scope="module")
