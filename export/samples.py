@@ -72,7 +72,7 @@ def draw_samples(checkpoint: Checkpoint, *, calibrate: bool) -> Samples:
     if len(different) < 2:
         raise ExportError(
             f"{SAMPLES_NAME}: int8 needs two different sentences or more, one a line: its scales are measured on every other "
-            "one, the certificate on the rest"
+            "one, the certificate on the rest; with --int8-scales row it needs none"
         )
     return Samples(source, certify=different[1::2], calibrate=different[::2])
 
