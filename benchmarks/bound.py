@@ -96,8 +96,8 @@ class Limit:
 def cache_bytes(sizes: Sizes, precision: Precision, *, batch: int, beam_size: int, source_tokens: int, target_tokens: int) -> int:
     """Bytes of keys and values, of all layers, that one worker's decoder step must read.
 
-    Both caches are int8 in a bundle of int8 with constant scales. Each row reads its own target's, of half of the target on the mean; each source's
-    are read once for its beams.
+    Both caches are int8 in a bundle of int8, as its scales are constant here. Each row reads its own target's, of half of the
+    target on the mean; each source's are read once for its beams.
     """
     per_token = 2 * sizes.decoder_layers * sizes.d_model * ELEMENT_BYTES[precision]
     self_cache = batch * beam_size * per_token * (target_tokens + 1) // 2

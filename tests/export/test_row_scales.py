@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import nn
 
@@ -167,7 +168,7 @@ def test_a_step_is_the_same_among_any_neighbours(row_scaled: RowScaled) -> None:
     session, rng = load_graph(row_scaled.decoder_onnx), np.random.default_rng(1)
     positions = rng.integers(0, 9, (32, 1)).astype(np.int32)
     loudness = np.logspace(-3, 3, 32)[:, None, None, None]
-    feeds = {
+    feeds: dict[str, NDArray[np.generic]] = {
         "target_ids": rng.integers(4, 64, (32, 1)),
         "positions": positions,
         "longest": np.array(positions.max() + 1, np.int32),
