@@ -117,23 +117,29 @@ class LanguageTokens(_Record):
 class DefaultOptions(_Record):
     """How targets are decoded where a request does not say: what the model's makers chose for it.
 
-    Bounds and meanings are those of a request's options. No request changes what is suppressed, nor the last two.
+    Bounds and meanings are those of a request's options. Those from ``suppressed`` on are none of these, though a request's
+    ``end_tokens`` take the place of ``end_ids``; see ``DecodingOptions``.
     """
 
     length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
     early_stopping: bool = False
+    shrinking_beam: bool = False
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
     min_target_tokens: Annotated[int, Field(ge=0)] = 0
     # None: as long as the source makes it. A source that makes it shorter still does.
     max_target_tokens: Count | None = None
+    # Of a target that is not asked to be of another length; the shortest of the three holds.
+    max_target_ratio: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     # Sequences of tokens that no target has.
     suppressed: list[Annotated[list[TokenId], Field(min_length=1)]] = []
     # Tokens that no target starts with, after its prefix.
     suppressed_first: list[TokenId] = []
     # Tokens that end a target; none: the end-of-sentence token alone.
     end_ids: list[TokenId] = []
-    # See ``DecodingOptions``.
+    # The unknown token, where a request does not say that it may be taken or is to be replaced.
+    passed_over_id: TokenId | None = None
+    word_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 0.0
     ends_when_cut: bool = False
     rules_of_generate: bool = False
 
@@ -451,6 +457,10 @@ def _default_faults(manifest: ManifestDraft) -> Iterator[str]:
         yield from (f"defaults.{field}: {i} is outside a vocabulary of {size}" for i in ids if i >= size)
     never = {manifest.ids.pad, manifest.ids.decoder_start} - {manifest.ids.eos}
     yield from (f"defaults.end_ids: {i} is never decoded" for i in defaults.end_ids if i in never)
+    if defaults.passed_over_id is not None and defaults.passed_over_id >= size:
+        yield f"defaults.passed_over_id: {defaults.passed_over_id} is outside a vocabulary of {size}"
+    if defaults.passed_over_id == manifest.ids.eos:
+        yield f"defaults.passed_over_id: {defaults.passed_over_id} is the end-of-sentence token"
 
 
 def name_fault(name: str) -> str | None:

@@ -86,6 +86,7 @@ class DecodingOptions(TypedDict, total=False):
     return_scores: bool | None
     early_stopping: bool | None
     patience: float | None
+    shrinking_beam: bool | None
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     sampling: Sampling | None

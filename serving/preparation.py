@@ -169,6 +169,7 @@ class TextPreparer:
             options,
             length_penalty=default(options.length_penalty, defaults.length_penalty),
             early_stopping=default(options.early_stopping, defaults.early_stopping),
+            shrinking_beam=default(options.shrinking_beam, defaults.shrinking_beam),
             repetition_penalty=default(options.repetition_penalty, defaults.repetition_penalty),
             no_repeat_ngram_size=default(options.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
             min_target_tokens=default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
@@ -298,6 +299,9 @@ class TextPreparer:
             longest = min(longest, max(1, math.floor(times_source(options.max_target_ratio))))
         elif options.max_target_tokens is None:
             rule = min(2 * source_tokens + 32, default(self.defaults.max_target_tokens, longest))
+            if self.defaults.max_target_ratio is not None:
+                # As Marian rounds it.
+                rule = min(rule, math.ceil(times_source(self.defaults.max_target_ratio)))
             longest = min(longest, max(rule, shortest + 1, prefix_tokens + 32 if prefix_tokens else 0))
         return min(shortest, longest), longest
 
@@ -323,6 +327,7 @@ class TextPreparer:
         is_forced = options.prefix_bias is None or not prefix
         wished = (*direction.before_target, *prefix)
         sampling = options.sampling
+        may_be_unknown = options.suppress_unknown is False or bool(options.replace_unknowns)
         return DecodingOptions(
             beam_size=default(options.beam_size, 1),
             num_hypotheses=default(options.num_hypotheses, 1),
@@ -332,6 +337,8 @@ class TextPreparer:
             return_scores=default(options.return_scores, False),
             early_stopping=default(options.early_stopping, False),
             patience=default(options.patience, 1.0),
+            shrinking_beam=default(options.shrinking_beam, False),
+            word_penalty=defaults.word_penalty,
             repetition_penalty=default(options.repetition_penalty, 1.0),
             no_repeat_ngram_size=default(options.no_repeat_ngram_size, 0),
             rules_of_generate=defaults.rules_of_generate,
@@ -342,6 +349,7 @@ class TextPreparer:
             prefix_bias=None if is_forced else PrefixBias(tokens=wished, strength=default(options.prefix_bias, 0.0)),
             suppressed=(*map(tuple, defaults.suppressed), *tokens.suppressed),
             suppressed_first=tuple(defaults.suppressed_first),
+            passed_over_id=None if may_be_unknown else defaults.passed_over_id,
             end_ids=tokens.end_ids or tuple(defaults.end_ids),
             return_end_token=default(options.return_end_token, False),
             return_attention=options.needs_attention,

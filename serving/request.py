@@ -61,6 +61,8 @@ class DecodingOptions:
     num_hypotheses: int = 1
     # score = log-probability / length^length_penalty, length counting the end-of-sentence token.
     length_penalty: float = 1.0
+    # Taken from the log-probability for each token, the end-of-sentence token included, before it is divided.
+    word_penalty: float = 0.0
     # Added to the score for each source token that got less than 1 of the attention, all tokens of the target together: the
     # logarithm of what it got, times this.
     coverage_penalty: float = 0.0
@@ -85,6 +87,9 @@ class DecodingOptions:
     # when none that runs could still become one of the best (as Hugging Face does).
     early_stopping: bool = False
     patience: float = 1.0
+    # With beams: whether a hypothesis that ended leaves its beam empty, so that the search is over with the last of beam_size ends
+    # (as Marian does), or so many go on running.
+    shrinking_beam: bool = False
     # With early stopping, whether any continuation of a prefix may end right after it, or the best alone, as CTranslate2 has it
     # after a prefix that was asked for, but not after an alternative.
     ends_freely_after_prefix: bool = False
@@ -96,6 +101,8 @@ class DecodingOptions:
     suppressed: tuple[tuple[int, ...], ...] = ()
     # Tokens that the first one after ``target_prefix`` is not.
     suppressed_first: tuple[int, ...] = ()
+    # A token that is never taken and keeps its share of the probability; None: there is none.
+    passed_over_id: int | None = None
     # Where Hugging Face's ``generate`` and CTranslate2 differ, whether to do as the former. With beams these rules change
     # log-probabilities then, so that what they forbid keeps its share; the start token counts as one that a target has; and
     # early stopping needs no other rule for a length_penalty of 0.
@@ -123,6 +130,8 @@ class DecodingOptions:
             or self.prefix_bias is not None
             or bool(self.end_ids)
             or self.sampling is not None
+            # Of the two candidates of a greedy row one may be passed over and the other an end that comes too early.
+            or (self.passed_over_id is not None and self.beam_size == 1 and self.min_target_tokens > 0)
         )
 
     @property

@@ -55,6 +55,8 @@ class RequestOptions:
     # With beams: stop when ``patience`` times ``beam_size`` hypotheses have ended; default False: when none can become better.
     early_stopping: bool | None = None
     patience: float | None = None
+    # With beams: whether hypotheses that end are not replaced by others that run; default False.
+    shrinking_beam: bool | None = None
     # Above 1, tokens that the target has already become less probable; default 1.
     repetition_penalty: float | None = None
     # No so many tokens in a row come twice; default 0, they may.

@@ -132,9 +132,11 @@ class TranslationServicer(pb_grpc.TranslationServicer):
                 return_scores=default.return_scores,
                 early_stopping=default.early_stopping,
                 patience=default.patience,
+                shrinking_beam=default.shrinking_beam,
                 repetition_penalty=default.repetition_penalty,
                 no_repeat_ngram_size=default.no_repeat_ngram_size,
                 end_tokens=preparer.end_tokens,
+                suppress_unknown=default.passed_over_id is not None,
             ),
         )
 
@@ -163,6 +165,7 @@ def _options(options: pb.DecodingOptions) -> RequestOptions:
         return_scores=value("return_scores"),
         early_stopping=value("early_stopping"),
         patience=value("patience"),
+        shrinking_beam=value("shrinking_beam"),
         repetition_penalty=value("repetition_penalty"),
         no_repeat_ngram_size=value("no_repeat_ngram_size"),
         sampling=_sampling(options.sampling) if options.HasField("sampling") else None,

@@ -7,8 +7,9 @@ the ``.npz`` itself, with the others beside it. Where the vocabularies are no Se
 (``marian_npz_config.py``), files (``marian_npz_files.py``) or what a checkpoint becomes.
 
 **Settings** that make the architecture are read, with Marian's defaults; those that would make one that this project's module has
-no place for are refused, all at once. Dropout and the like are for training only. ``normalize`` of ``decoder.yml`` is a bundle's
-default, how wide its beams were is recorded; the rest of a search is a request's business. An ensemble is refused.
+no place for are refused, all at once. Dropout and the like are for training only. A bundle searches by default as marian-decoder
+does with the same ``decoder.yml``: by ``normalize``, ``word-penalty`` and ``max-length-factor``, without unknown tokens unless
+``allow-unk`` is there, with beams that shrink. How wide its beams were is recorded. An ensemble is refused.
 
 **What Marian does its own way** (marian-dev: src/models/transformer.h, src/layers/generic.h, src/tensors/cpu): the decoder starts
 from a vector of zeros instead of a token, for which a token without embedding is added here; positions are sines, then cosines,
@@ -42,8 +43,9 @@ from export.checkpoint.marian_npz_files import (
     read_languages,
     read_vocabularies,
     search_options,
+    search_warnings,
 )
-from export.checkpoint.vocabulary import END_TOKEN, choose_tokenizer
+from export.checkpoint.vocabulary import END_TOKEN, UNKNOWN_TOKEN, choose_tokenizer
 from export.model import ModelConfig
 from serving.errors import CheckpointError
 
@@ -81,7 +83,8 @@ class MarianNpzReader:
         vocabularies = read_vocabularies(vocabulary_paths, faults) if vocabulary_paths else None
         arrays = read_npz(model_path, faults) if model_path else {}
         settings = read_settings(model_path, arrays, faults) if model_path and arrays else None
-        defaults, num_beams = search_options(decoder_settings, faults)
+        unknown_id = vocabularies.target.get(UNKNOWN_TOKEN) if vocabularies else None
+        defaults, num_beams = search_options(decoder_settings, unknown_id, faults)
         sample_lines = read_samples(directory, faults)
         if model_path is None or settings is None or vocabularies is None:
             raise CheckpointError(path, faults)
@@ -98,12 +101,7 @@ class MarianNpzReader:
         if faults or choice is None:
             raise CheckpointError(path, faults)
         language_tokens = vocabularies.language_tokens()
-        warnings = choice.warnings
-        if (penalty := decoder_settings.get("word-penalty", "0")) not in ("0", "0.0"):
-            warnings = (
-                *warnings,
-                f"{DECODER_CONFIG_NAME}: word-penalty: {penalty!r} is left out; translations may be longer or shorter",
-            )
+        warnings = (*choice.warnings, *search_warnings(decoder_settings))
         if config.norm == "pre":
             warnings = (
                 *warnings,

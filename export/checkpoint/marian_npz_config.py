@@ -38,6 +38,8 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "transformer-no-bias": _OFF,
     "transformer-no-affine": _OFF,
     "transformer-pool": _OFF,
+    "transformer-attention-mask": ("default", ""),
+    "transformer-disable-position-embeddings": _OFF,
     "factors-dim-emb": ("0", ""),
     "lemma-dim-emb": ("0", ""),
     "lemma-dependency": _NONE,

@@ -38,6 +38,10 @@ _VOCABULARY_PATTERNS = (
 )
 # What a flag is as a number.
 _FLAGS = {"true": "1", "false": "0"}
+# Of marian-decoder, where nothing is said.
+_NORMALIZE, _MAX_LENGTH_FACTOR, _WORD_PENALTY = "0", "3", "0"
+# Settings of a search that are none of a bundle's, and the values with which they do nothing.
+_LEFT_OUT = {"shortlist": ("", []), "output-sampling": ("", []), "output-approx-knn": ("", []), "force-decode": ("", "false")}
 _FURTHER_MARKERS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
@@ -71,21 +75,50 @@ def read_decoder_settings(path: Path, faults: list[str]) -> dict[str, Any]:
     return {}
 
 
-def search_options(decoder_settings: Mapping[str, Any], faults: list[str]) -> tuple[DefaultOptions, int | None]:
-    """How the model's makers search: what a bundle has as defaults, and the number of beams; None where they do not say."""
-    normalize, beam_size = decoder_settings.get("normalize"), decoder_settings.get("beam-size")
-    defaults, num_beams = DefaultOptions(), None
-    try:
-        # The exponent of a length, the end-of-sentence token counted (src/translator/history.h).
-        if normalize is not None:
-            defaults = DefaultOptions(length_penalty=float(_FLAGS.get(normalize, normalize)))
-    except (TypeError, ValueError):
-        faults.append(f"{DECODER_CONFIG_NAME}: normalize: {normalize!r} is no exponent of a length, at most 10")
+def search_options(
+    decoder_settings: Mapping[str, Any], unknown_id: int | None, faults: list[str]
+) -> tuple[DefaultOptions, int | None]:
+    """How the model's makers search, as marian-decoder does with these settings (src/translator/beam_search.cpp, history.h).
+
+    Args:
+        decoder_settings: of ``decoder.yml``.
+        unknown_id: of the target vocabulary.
+        faults: of the whole checkpoint so far.
+
+    Returns:
+        What a bundle has as defaults, and the number of beams; None where they do not say.
+    """
+    chosen: dict[str, Any] = {"shrinking_beam": True}
+    for key, name, otherwise, meaning in (
+        ("normalize", "length_penalty", _NORMALIZE, "exponent of a length, at most 10"),
+        ("word-penalty", "word_penalty", _WORD_PENALTY, "penalty of a token, at most 10"),
+        ("max-length-factor", "max_target_ratio", _MAX_LENGTH_FACTOR, "number of target tokens to one of the source, at most 100"),
+    ):
+        value = decoder_settings.get(key, otherwise)
+        try:
+            chosen[name] = float(_FLAGS.get(value, value))
+            DefaultOptions(**{name: chosen[name]})
+        except (TypeError, ValueError):
+            chosen.pop(name, None)
+            faults.append(f"{DECODER_CONFIG_NAME}: {key}: {value!r} is no {meaning}")
+    if decoder_settings.get("allow-unk", "false") != "true":
+        chosen["passed_over_id"] = unknown_id
+    defaults, num_beams = DefaultOptions(**chosen), None
+    beam_size = decoder_settings.get("beam-size")
     if isinstance(beam_size, str) and re.fullmatch("[1-9][0-9]{0,3}", beam_size):
         num_beams = int(beam_size)
     elif beam_size is not None:
         faults.append(f"{DECODER_CONFIG_NAME}: beam-size: {beam_size!r} is no number of beams")
     return defaults, num_beams
+
+
+def search_warnings(decoder_settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of these settings a bundle does not do."""
+    return tuple(
+        f"{DECODER_CONFIG_NAME}: {key}: {decoder_settings[key]!r} is left out; translations differ from marian-decoder's"
+        for key, values in _LEFT_OUT.items()
+        if key in decoder_settings and decoder_settings[key] not in values
+    )
 
 
 def find_model(directory: Path, decoder_settings: Mapping[str, Any], faults: list[str]) -> Path | None:

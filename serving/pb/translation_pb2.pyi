@@ -17,7 +17,7 @@ FINISH_REASON_EOS: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class DecodingOptions(_message.Message):
-    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token", "return_attention", "replace_unknowns", "coverage_penalty", "return_token_scores", "alternatives", "max_source_tokens")
+    __slots__ = ("beam_size", "num_hypotheses", "length_penalty", "min_target_tokens", "max_target_tokens", "return_scores", "early_stopping", "patience", "repetition_penalty", "no_repeat_ngram_size", "shrinking_beam", "sampling", "prefix_bias", "suppressed_texts", "suppressed_sequences", "suppress_unknown", "min_target_ratio", "max_target_ratio", "end_tokens", "return_end_token", "return_attention", "replace_unknowns", "coverage_penalty", "return_token_scores", "alternatives", "max_source_tokens")
     BEAM_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class DecodingOptions(_message.Message):
     PATIENCE_FIELD_NUMBER: _ClassVar[int]
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     NO_REPEAT_NGRAM_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHRINKING_BEAM_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PREFIX_BIAS_FIELD_NUMBER: _ClassVar[int]
     SUPPRESSED_TEXTS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +54,7 @@ class DecodingOptions(_message.Message):
     patience: float
     repetition_penalty: float
     no_repeat_ngram_size: int
+    shrinking_beam: bool
     sampling: Sampling
     prefix_bias: float
     suppressed_texts: _containers.RepeatedScalarFieldContainer[str]
@@ -68,7 +70,7 @@ class DecodingOptions(_message.Message):
     return_token_scores: bool
     alternatives: Alternatives
     max_source_tokens: int
-    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ..., return_attention: _Optional[bool] = ..., replace_unknowns: _Optional[bool] = ..., coverage_penalty: _Optional[float] = ..., return_token_scores: _Optional[bool] = ..., alternatives: _Optional[_Union[Alternatives, _Mapping]] = ..., max_source_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, beam_size: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_penalty: _Optional[float] = ..., min_target_tokens: _Optional[int] = ..., max_target_tokens: _Optional[int] = ..., return_scores: _Optional[bool] = ..., early_stopping: _Optional[bool] = ..., patience: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., shrinking_beam: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prefix_bias: _Optional[float] = ..., suppressed_texts: _Optional[_Iterable[str]] = ..., suppressed_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., suppress_unknown: _Optional[bool] = ..., min_target_ratio: _Optional[float] = ..., max_target_ratio: _Optional[float] = ..., end_tokens: _Optional[_Iterable[str]] = ..., return_end_token: _Optional[bool] = ..., return_attention: _Optional[bool] = ..., replace_unknowns: _Optional[bool] = ..., coverage_penalty: _Optional[float] = ..., return_token_scores: _Optional[bool] = ..., alternatives: _Optional[_Union[Alternatives, _Mapping]] = ..., max_source_tokens: _Optional[int] = ...) -> None: ...
 
 class Alternatives(_message.Message):
     __slots__ = ("min_probability",)

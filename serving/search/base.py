@@ -19,6 +19,8 @@ from serving.search.attention import AttentionHistory
 from serving.search.rules import TokenRules
 
 _Number = TypeVar("_Number", np.int32, np.float64)
+# No token has this id.
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,9 @@ class LaneSearch(ABC):
         # [slots], see DecodingOptions.
         self._ends_when_cut: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self._num_ending_when_cut = 0
+        # [slots], see DecodingOptions; _NO_TOKEN where there is none.
+        self._passed_over: NDArray[np.int64] = np.full(num_slots, _NO_TOKEN, np.int64)
+        self._num_passing_over = 0
 
     @abstractmethod
     def needs_log_probs(self, num_slots: int) -> bool:
@@ -105,6 +110,8 @@ class LaneSearch(ABC):
         self._max_tokens[slot] = options.max_target_tokens
         self._ends_when_cut[slot] = options.ends_when_cut
         self._num_ending_when_cut += options.ends_when_cut
+        self._passed_over[slot] = _NO_TOKEN if options.passed_over_id is None else options.passed_over_id
+        self._num_passing_over += options.passed_over_id is not None
         self._rules[slot] = TokenRules(options, self._eos_id, self._decoder_start_id) if options.has_token_rules else None
         self._num_ruled += _is_ruled(options)
         self._num_token_scored += options.return_token_scores
@@ -146,6 +153,8 @@ class LaneSearch(ABC):
         if self._attention.is_wanted:
             assert attention is not None
             self._attention.record(attention, self.num_tokens[:num_slots, 0])
+        if self._num_passing_over:
+            self._pass_over(candidate_ids, candidate_log_probs)
         if self._num_ruled:
             self._apply_rules(num_slots, candidate_ids, candidate_log_probs, logits)
         if self._num_ending_when_cut:
@@ -155,6 +164,15 @@ class LaneSearch(ABC):
     @abstractmethod
     def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
         """See ``advance``; what options ask of single tokens is in the candidates already."""
+
+    def _pass_over(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> None:
+        """Put the token that a source passes over behind its other candidates, as no continuation."""
+        is_passed_over = ids == self._passed_over[: len(ids), None, None]
+        if is_passed_over.any():
+            log_probs[is_passed_over] = -np.inf
+            order = np.argsort(is_passed_over, axis=2, kind="stable")
+            ids[:] = np.take_along_axis(ids, order, axis=2)
+            log_probs[:] = np.take_along_axis(log_probs, order, axis=2)
 
     def _apply_rules(
         self, num_slots: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32] | None
@@ -248,11 +266,19 @@ class LaneSearch(ABC):
         self._rules[slot] = None
         self._num_token_scored -= self._options[slot].return_token_scores
         self._num_ending_when_cut -= self._options[slot].ends_when_cut
+        self._num_passing_over -= self._options[slot].passed_over_id is not None
         self._attention.leave(slot)
 
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
-        for array in (self.next_ids, self.num_tokens, self._min_tokens, self._max_tokens, self._ends_when_cut):
+        for array in (
+            self.next_ids,
+            self.num_tokens,
+            self._min_tokens,
+            self._max_tokens,
+            self._ends_when_cut,
+            self._passed_over,
+        ):
             array[to_slot] = array[from_slot]
         length = int(self.num_tokens[from_slot, 0])
         self.tokens[to_slot, :, :length] = self.tokens[from_slot, :, :length]
@@ -271,7 +297,7 @@ class LaneSearch(ABC):
     def _score(self, slot: int, row: int, length: int, total: float) -> float:
         """What a hypothesis of ``length`` tokens is worth, whose log-probability is ``total``; all it read is in ``row``."""
         options = self._options[slot]
-        score = total / math.pow(length, options.length_penalty)
+        score = (total - options.word_penalty * length) / math.pow(length, options.length_penalty)
         if options.coverage_penalty and options.needs_attention:
             score += options.coverage_penalty * self._attention.coverage(slot, row, length)
         return score

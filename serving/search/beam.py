@@ -3,7 +3,8 @@
 Knows cumulated log-probabilities, rows and which rows share a prefix; does not know the caches' arrays.
 
 Which hypotheses live, end and win follows `_beam_search` of Hugging Face transformers (generation/utils.py, since 4.50) with
-``early_stopping=False``. Where they live is our own: no cache is ever reordered.
+``early_stopping=False``, or with the options that say so CTranslate2 or Marian. Where they live is our own: no cache is ever
+reordered.
 
 A step, worked through. Width 4; the decoder has just read position 3, so 4 positions are cached. What the rows hold
 (position 0 is the start token), and the best four continuations:
@@ -69,7 +70,9 @@ class BeamSearch(LaneSearch):
     At each step the best 2W continuations are looked at. The best W of them that do not stop run on. Those that stop (at the
     end-of-sentence token, or all at max_target_tokens) and are among the best W are kept, the best W of the whole search. A
     source is done when W are kept and the best running hypothesis, scored at its present length, is no better than the worst
-    of them. With ``early_stopping`` it is done when ``patience`` times W have ended, as in CTranslate2.
+    of them. With ``early_stopping`` it is done when ``patience`` times W have ended, as in CTranslate2. With ``shrinking_beam``
+    only so many continuations are looked at as hypotheses run, and those of them that stop are not replaced, until none runs, as
+    in Marian (Bahdanau et al. 2015, section 4.2, search so too).
 
     So every step that leaves out a continuation keeps or runs W others, and each that runs leads to one kept at least: never
     fewer than W hypotheses in the end, unless there are fewer sequences.
@@ -91,6 +94,8 @@ class BeamSearch(LaneSearch):
         self._to_beat: NDArray[np.float64] = np.full(num_slots, -np.inf)
         # [slots], whether a hypothesis ended as the best continuation of its step.
         self._best_has_ended: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
+        # [slots], see DecodingOptions.
+        self._shrinks: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self._slots = np.arange(num_slots)[:, None]
         self._beams = np.arange(width)
         self._is_better_rank: NDArray[np.bool_] = self._beams < self._beams[:, None]
@@ -106,6 +111,7 @@ class BeamSearch(LaneSearch):
         self._num_ended[slot] = 0
         self._to_beat[slot] = -np.inf
         self._best_has_ended[slot] = False
+        self._shrinks[slot] = options.shrinking_beam
 
     def needs_log_probs(self, num_slots: int) -> bool:
         """Always: hypotheses of one source are compared by their sums."""
@@ -117,6 +123,8 @@ class BeamSearch(LaneSearch):
         lengths = self.num_tokens[:num_slots, 0] + 1
         at_limit = lengths >= self._max_tokens[:num_slots]
         best = self._best_continuations(candidate_ids, candidate_log_probs)
+        if self._shrinks[:num_slots].any():
+            self._shrink(best)
         stops = self._ends(best.ids) | at_limit[:, None]
         self._keep(best, stops)
         running = self._best_running(best, stops)
@@ -161,7 +169,7 @@ class BeamSearch(LaneSearch):
     def move(self, from_slot: int, to_slot: int) -> None:
         """Move a source into a slot that is free."""
         super().move(from_slot, to_slot)
-        for array in (self._scores, self._shared, self._num_ended, self._to_beat, self._best_has_ended):
+        for array in (self._scores, self._shared, self._num_ended, self._to_beat, self._best_has_ended, self._shrinks):
             array[to_slot] = array[from_slot]
         self._kept[to_slot] = self._kept[from_slot]
 
@@ -179,6 +187,12 @@ class BeamSearch(LaneSearch):
         order = order[:, : 2 * width]
         flat = order + self._slots[:n] * (width * num_candidates)
         return _Continuations(scores.take(flat), ids.take(flat), order // num_candidates)
+
+    def _shrink(self, best: _Continuations) -> None:
+        """Leave out continuations beyond those of as many hypotheses as run, where beams shrink."""
+        n, num_looked_at = best.scores.shape
+        num_running = np.where(self._shrinks[:n], self.width - self._num_ended[:n], num_looked_at)
+        best.scores[np.arange(num_looked_at) >= num_running[:, None]] = -np.inf
 
     def _put_needless_ends_last(self, ids: NDArray[np.int64], order: NDArray[np.intp]) -> None:
         """Leave W ends among the best 2W of sources with several end tokens: more are never kept, and W have to run on.
@@ -247,7 +261,8 @@ class BeamSearch(LaneSearch):
         can = best_running > -np.inf
         # The power is taken one by one: a vectorized one may round differently with the place in the array.
         for slot in np.flatnonzero(self._to_beat[: len(can)] > -np.inf).tolist():
-            score = float(best_running[slot]) / int(lengths[slot]) ** self._options[slot].length_penalty
+            options, length = self._options[slot], int(lengths[slot])
+            score = (float(best_running[slot]) - options.word_penalty * length) / length**options.length_penalty
             can[slot] = score > self._to_beat[slot]
         return can
 

@@ -7,7 +7,7 @@ Definitions are CTranslate2's: a rule changes the logits, and the log-probabilit
 ``rules_of_generate`` they are Hugging Face's, whose beam search changes the log-probabilities and does not make them sum to one
 again. The order is: repeated tokens, repeated n-grams,
 forbidden sequences, an end that would come too early, then the wished-for prefix. Only that end is taken out after the softmax,
-as Hugging Face does, with rules and without.
+as Hugging Face does, with rules and without; so is a token that is passed over, as in Marian.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class TokenRules:
         # As where there are no rules: an end that comes too early keeps its share.
         if len(decoded) < options.min_target_tokens and log_probs[self._end_ids[0]] < 0:
             log_probs[self._end_ids] = _NEVER
+        if options.passed_over_id is not None:
+            log_probs[options.passed_over_id] = _NEVER
         wished = options.prefix_bias
         if wished is not None and len(decoded) < len(wished.tokens) and tuple(decoded) == wished.tokens[: len(decoded)]:
             probs = np.exp(log_probs) * (1.0 - wished.strength)
