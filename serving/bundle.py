@@ -129,7 +129,7 @@ class DefaultOptions(_Record):
     min_target_tokens: Annotated[int, Field(ge=0)] = 0
     # None: as long as the source makes it. A source that makes it shorter still does.
     max_target_tokens: Count | None = None
-    # Of a target that is not asked to be of another length; the shortest of the three holds.
+    # So many target tokens for each of the source, rounded up, in the place of the usual default of max_target_tokens.
     max_target_ratio: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     # Sequences of tokens that no target has.
     suppressed: list[Annotated[list[TokenId], Field(min_length=1)]] = []

@@ -287,7 +287,8 @@ class TextPreparer:
 
         The default of the most is twice the source and 32 more: far above what a translation takes, and low enough that a
         hypothesis that repeats itself does not run to the limit. It is of the text alone, so neighbours change nothing. Where the
-        model has a default of its own, it is the lower of the two; and it is 32 more than a prefix at least.
+        model has a default of its own, it is the lower of the two; and it is 32 more than a prefix at least. A model's own ratio
+        takes the place of that rule.
         """
 
         def times_source(ratio: float) -> float:
@@ -298,10 +299,10 @@ class TextPreparer:
         if options.max_target_ratio is not None:
             longest = min(longest, max(1, math.floor(times_source(options.max_target_ratio))))
         elif options.max_target_tokens is None:
-            rule = min(2 * source_tokens + 32, default(self.defaults.max_target_tokens, longest))
-            if self.defaults.max_target_ratio is not None:
-                # As Marian rounds it.
-                rule = min(rule, math.ceil(times_source(self.defaults.max_target_ratio)))
+            ratio = self.defaults.max_target_ratio
+            # Rounded as Marian does.
+            rule = 2 * source_tokens + 32 if ratio is None else math.ceil(times_source(ratio))
+            rule = min(rule, default(self.defaults.max_target_tokens, longest))
             longest = min(longest, max(rule, shortest + 1, prefix_tokens + 32 if prefix_tokens else 0))
         return min(shortest, longest), longest
 

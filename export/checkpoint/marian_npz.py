@@ -14,7 +14,7 @@ does with the same ``decoder.yml``: by ``normalize``, ``word-penalty`` and ``max
 **What Marian does its own way** (marian-dev: src/models/transformer.h, src/layers/generic.h, src/tensors/cpu): the decoder starts
 from a vector of zeros instead of a token, for which a token without embedding is added here; positions are sines, then cosines,
 with rates 10000^(-i / (d/2 - 1)), not 10000^(-i / (d/2)) as in the conversions of such models to Hugging Face and CTranslate2;
-LayerNorm adds 1e-6; its ``gelu`` is x * sigmoid(1.702 x).
+LayerNorm adds 1e-6; up to version 1.12.0 its ``gelu`` is x * sigmoid(1.702 x).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from export.checkpoint.marian_npz_config import MarianConfig, read_settings
 from export.checkpoint.marian_npz_files import (
     DECODER_CONFIG_NAME,
     MODEL_NAME,
+    cut_vocabularies,
     find_model,
     find_vocabularies,
     models_in,
@@ -88,6 +89,8 @@ class MarianNpzReader:
         sample_lines = read_samples(directory, faults)
         if model_path is None or settings is None or vocabularies is None:
             raise CheckpointError(path, faults)
+        assert vocabulary_paths is not None, "these were read"
+        vocabularies, cuts = cut_vocabularies(vocabularies, vocabulary_paths, settings.dim_vocabs)
         own_faults = vocabularies.faults(*settings.dim_vocabs)
         if not own_faults and vocabularies.source[END_TOKEN] != vocabularies.target[END_TOKEN]:
             own_faults.append(f"{END_TOKEN} has another id in the source vocabulary than in the target vocabulary")
@@ -95,13 +98,13 @@ class MarianNpzReader:
         if own_faults:
             raise CheckpointError(path, faults)
         config, tensors = _model(settings, arrays, vocabularies.target[END_TOKEN], model_path.name, faults)
-        own_models = tuple(path.name for path in vocabulary_paths or () if path.suffix == ".spm")
+        own_models = tuple(path.name for path in vocabulary_paths if path.suffix == ".spm")
         pairs = [(own_models[0], own_models[1])] if len(own_models) == 2 else []
         choice = choose_tokenizer(directory, vocabularies, faults, sentencepiece=pairs)
         if faults or choice is None:
             raise CheckpointError(path, faults)
         language_tokens = vocabularies.language_tokens()
-        warnings = (*choice.warnings, *search_warnings(decoder_settings))
+        warnings = (*choice.warnings, *cuts, *search_warnings(decoder_settings))
         if config.norm == "pre":
             warnings = (
                 *warnings,

@@ -6,6 +6,7 @@ Knows every setting by name, and Marian's defaults; does not know tensors (``mar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,9 @@ _LAYER_NORM_EPS = 1e-6
 # Settings are a few kilobytes.
 _MAX_CONFIG_BYTES = 2**20
 
-_ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "relu": "relu", "gelu": "gelu_sigmoid"}
+_ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "relu": "relu", "gelu": "gelu"}
+# Up to this version ``gelu`` was x * sigmoid(1.702 x).
+_LAST_APPROXIMATE_GELU = (1, 12, 0)
 # Operations before a sub-layer, after it and after the last layer, without dropout.
 _NORMS: dict[tuple[str, str, str], NormPlacement] = {("", "an", ""): "post", ("n", "a", "n"): "pre"}
 _OFF = ("false", "")
@@ -79,6 +82,8 @@ class MarianConfig(BaseModel):
     output_omit_bias: bool = False
     # A number from 1 up; that layer's first head is trained with alignments.
     transformer_guided_alignment_layer: Literal["last"] | _Depth = "last"
+    # Of Marian, for example "v1.12.42 b7be0e964 2025-05-24 22:34:42 -0700"; older models state none.
+    version: str = ""
 
     @property
     def norms(self) -> tuple[str, str, str]:
@@ -91,6 +96,14 @@ class MarianConfig(BaseModel):
     def embedding_operations(self) -> str:
         """Operations after the embedding, without dropout."""
         return self.transformer_postprocess_emb.replace("d", "")
+
+    @property
+    def activation(self) -> Activation:
+        """Between the products of a feed-forward network, as the version computed it that the model was trained with."""
+        found = re.match(r"v?(\d{1,4})\.(\d{1,4})\.(\d{1,4})", self.version)
+        version = tuple(map(int, found.groups())) if found else (0, 0, 0)
+        is_approximate = self.transformer_ffn_activation == "gelu" and version <= _LAST_APPROXIMATE_GELU
+        return "gelu_sigmoid" if is_approximate else _ACTIVATIONS[self.transformer_ffn_activation]
 
     @property
     def shares_embeddings(self) -> bool:
@@ -140,7 +153,7 @@ class MarianConfig(BaseModel):
             encoder_d_ff=self.transformer_dim_ffn,
             decoder_d_ff=self.transformer_decoder_dim_ffn or self.transformer_dim_ffn,
             norm=_NORMS[self.norms],
-            activation=_ACTIVATIONS[self.transformer_ffn_activation],
+            activation=self.activation,
             positions="learned",
             max_positions=num_positions,
             output_bias=True,

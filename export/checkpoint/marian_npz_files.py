@@ -6,7 +6,8 @@ Knows usual names, and that paths in ``decoder.yml`` are those of the machine th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -192,6 +193,27 @@ def read_vocabularies(paths: tuple[Path, Path], faults: list[str]) -> Vocabulari
     if len(ids) < len(set(paths)):
         return None
     return Vocabularies(source=ids[paths[0]], target=ids[paths[1]], special_tokens=_FURTHER_MARKERS)
+
+
+def cut_vocabularies(
+    vocabularies: Vocabularies, paths: tuple[Path, Path], dim_vocabs: Sequence[int]
+) -> tuple[Vocabularies, tuple[str, ...]]:
+    """The same without tokens that the model has no place for, and what there is to tell of that.
+
+    Marian reads the first ``dim-vocabs`` lines of a vocabulary that was made for larger models; the others are unknown to it. A
+    SentencePiece model is not cut.
+    """
+    sides: list[Mapping[str, int]] = []
+    warnings = []
+    for ids, path, size in zip((vocabularies.source, vocabularies.target), paths, dim_vocabs, strict=True):
+        kept = {token: i for token, i in ids.items() if i < size or path.suffix == ".spm"}
+        sides.append(kept)
+        if len(kept) < len(ids):
+            warnings.append(
+                f"{path.name}: {len(ids) - len(kept)} of its {len(ids)} tokens are left out: the model's are {size}, by dim-vocabs; "
+                "is it the model's vocabulary?"
+            )
+    return replace(vocabularies, source=sides[0], target=sides[1]), tuple(dict.fromkeys(warnings))
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
