@@ -87,8 +87,8 @@ class DecodingOptions:
     # when none that runs could still become one of the best (as Hugging Face does).
     early_stopping: bool = False
     patience: float = 1.0
-    # With beams: whether a hypothesis that ended leaves its beam empty, so that the search is over with the last of beam_size ends
-    # (as Marian does), or so many go on running.
+    # With beams: whether a hypothesis that ended leaves its beam empty, so that the search is over with the last of beam_size
+    # ends (as Marian does), or so many go on running.
     shrinking_beam: bool = False
     # With early stopping, whether any continuation of a prefix may end right after it, or the best alone, as CTranslate2 has it
     # after a prefix that was asked for, but not after an alternative.

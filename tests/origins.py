@@ -196,7 +196,9 @@ def marian_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence[
             case "swish":
                 inner = inner * sigmoid(inner)
             case "gelu":
-                inner = inner * sigmoid(1.702 * inner)
+                is_exact = settings.get("version", "").startswith("v1.12.42")
+                normal = (1 + np.vectorize(math.erf)(inner / math.sqrt(2))) / 2
+                inner = inner * (normal if is_exact else sigmoid(1.702 * inner))
         return process(affine(inner, name, "2"), after, f"{name}_ffn", x)
 
     def embedded(vectors: Array, side: str) -> Array:

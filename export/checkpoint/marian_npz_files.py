@@ -93,7 +93,12 @@ def search_options(
     for key, name, otherwise, meaning in (
         ("normalize", "length_penalty", _NORMALIZE, "exponent of a length, at most 10"),
         ("word-penalty", "word_penalty", _WORD_PENALTY, "penalty of a token, at most 10"),
-        ("max-length-factor", "max_target_ratio", _MAX_LENGTH_FACTOR, "number of target tokens to one of the source, at most 100"),
+        (
+            "max-length-factor",
+            "max_target_ratio",
+            _MAX_LENGTH_FACTOR,
+            "number of target tokens to one of the source, at most 100",
+        ),
     ):
         value = decoder_settings.get(key, otherwise)
         try:
@@ -210,8 +215,8 @@ def cut_vocabularies(
         sides.append(kept)
         if len(kept) < len(ids):
             warnings.append(
-                f"{path.name}: {len(ids) - len(kept)} of its {len(ids)} tokens are left out: the model's are {size}, by dim-vocabs; "
-                "is it the model's vocabulary?"
+                f"{path.name}: {len(ids) - len(kept)} of its {len(ids)} tokens are left out: the model's are {size}, by "
+                "dim-vocabs; is it the model's vocabulary?"
             )
     return replace(vocabularies, source=sides[0], target=sides[1]), tuple(dict.fromkeys(warnings))
 

@@ -18,7 +18,7 @@ from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
-from tests.support import SAMPLE_LINES, tiny_sentencepiece
+from tests.support import GERMAN_LINES, SAMPLE_LINES, tiny_sentencepiece, train_sentencepiece
 from tests.vocabularies import marian_vocabulary
 
 VOCABULARY = marian_vocabulary(tiny_sentencepiece())
@@ -31,6 +31,8 @@ SETTINGS = {
     "transformer-dim-ffn": 24,
     "dec-depth": 1,
 }
+# Of marian-decoder, where decoder.yml says nothing.
+MARIAN_SEARCH: dict[str, Any] = {"shrinking_beam": True, "max_target_ratio": 3.0, "passed_over_id": VOCABULARY["<unk>"]}
 DECODER = "relative-paths: true\nmodels:\n  - model.npz\nvocabs:\n  - vocab.yml\n  - vocab.yml\nbeam-size: 6\nnormalize: 1\n"
 
 
@@ -122,6 +124,8 @@ def test_paths_of_the_machine_that_trained(directory: Path) -> None:
     "changed",
     [
         {"transformer-ffn-activation": "gelu"},
+        {"transformer-ffn-activation": "gelu", "version": "v1.12.0 f5dc8ab 2023-02-20 11:00:00 +0000"},
+        {"transformer-ffn-activation": "gelu", "version": "v1.12.42 b7be0e964 2025-05-24 22:34:42 -0700"},
         {"transformer-ffn-activation": "relu", "transformer-postprocess-emb": "nd"},
         {"output-omit-bias": True},
         {"tied-embeddings-all": False, "tied-embeddings": True},
@@ -222,6 +226,8 @@ UNSUPPORTED = {
     "transformer-ffn-depth": 3,
     "transformer-no-projection": True,
     "transformer-pool": True,
+    "transformer-attention-mask": "alibi",
+    "transformer-disable-position-embeddings": True,
     "transformer-postprocess": "dhn",
     "transformer-postprocess-emb": "r",
     "lemma-dim-emb": 8,
@@ -442,13 +448,32 @@ def test_yaml_that_is_none(directory: Path, contents: bytes, reason: str) -> Non
         ("</s>: 0\n<unk>: 0\n", "vocab.yml: two tokens have one id"),
         ("</s>: 0\n", "the source vocabulary has no <unk>"),
         ("<unk>: 0\n", "the source vocabulary has no </s>"),
-        ("</s>: 0\n<unk>: 5000\n", f"the source vocabulary has ids up to 5000, the model's is of {VOCAB_SIZE} tokens"),
+        ("</s>: 0\n<unk>: 5000\n", "the source vocabulary has no <unk>"),
     ],
     ids=["text", "list", "twice", "no unknown", "no end", "large"],
 )
 def test_a_vocabulary_that_is_none_or_another_models(directory: Path, contents: str, fault: str) -> None:
     (directory / "vocab.yml").write_text(contents)
     assert fault in faults_of(directory)
+
+
+def test_a_vocabulary_is_cut_to_the_models_size(directory: Path) -> None:
+    """As Marian reads one that was made for larger models; what is cut is unknown."""
+    more = {**VOCABULARY, "much": VOCAB_SIZE, "more": VOCAB_SIZE + 1}
+    origins.write_marian_vocabulary(directory / "vocab.yml", more)
+    checkpoint = read_checkpoint(directory)
+    (warning,) = checkpoint.warnings
+    assert warning.startswith(f"vocab.yml: 2 of its {VOCAB_SIZE + 2} tokens are left out: the model's are {VOCAB_SIZE}")
+    contents = checkpoint.tokenizer_files["vocabulary.json"]
+    assert isinstance(contents, bytes)
+    assert json.loads(contents) == VOCABULARY
+    assert_computes(checkpoint, SETTINGS)
+
+
+def test_a_sentencepiece_model_is_not_cut(directory: Path) -> None:
+    (directory / "vocab.spm").write_bytes(train_sentencepiece(GERMAN_LINES, vocab_size=90))
+    (directory / "decoder.yml").write_text("models: [model.npz]\nvocabs: [vocab.spm, vocab.spm]\n")
+    assert f"the source vocabulary has ids up to 89, the model's is of {VOCAB_SIZE} tokens" in faults_of(directory)
 
 
 def test_an_end_that_is_another_on_the_other_side(directory: Path) -> None:
@@ -497,7 +522,7 @@ def test_a_directory_without_a_model(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "length_penalty", "num_beams"),
     [
-        ("", 1.0, None),
+        ("", 0.0, None),
         ("normalize: 0.6\nbeam-size: 12\n", 0.6, 12),
         ("normalize: 0\n", 0.0, None),
         ("normalize: true\n", 1.0, None),
@@ -508,20 +533,41 @@ def test_a_directory_without_a_model(directory: Path) -> None:
 def test_how_its_makers_search(directory: Path, settings: str, length_penalty: float, num_beams: int | None) -> None:
     (directory / "decoder.yml").write_text(f"models: [model.npz]\nvocabs: [vocab.yml, vocab.yml]\n{settings}")
     checkpoint = read_checkpoint(directory)
-    assert checkpoint.defaults == DefaultOptions(length_penalty=length_penalty)
+    assert checkpoint.defaults == DefaultOptions(length_penalty=length_penalty, **MARIAN_SEARCH)
     assert checkpoint.num_beams == num_beams
     assert checkpoint.warnings == ()
 
 
-def test_a_word_penalty_is_left_out_with_a_warning(directory: Path) -> None:
-    (directory / "decoder.yml").write_text(f"{DECODER}word-penalty: 0.2\n")
+def test_more_of_how_its_makers_search(directory: Path) -> None:
+    (directory / "decoder.yml").write_text(
+        f"{DECODER}word-penalty: 0.2\nmax-length-factor: 2.5\nallow-unk: true\nshortlist: []\n"
+    )
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.defaults == DefaultOptions(shrinking_beam=True, word_penalty=0.2, max_target_ratio=2.5)
+    assert checkpoint.warnings == ()
+
+
+def test_what_a_bundle_does_not_do_is_told(directory: Path) -> None:
+    (directory / "decoder.yml").write_text(f"{DECODER}shortlist: [lex.bin, 50, 50]\n")
     (warning,) = read_checkpoint(directory).warnings
-    assert warning.startswith("decoder.yml: word-penalty: '0.2' is left out")
+    assert warning.startswith("decoder.yml: shortlist: ['lex.bin', '50', '50'] is left out")
 
 
 @pytest.mark.parametrize(
     "setting",
-    ["normalize: much", "normalize: nan", "normalize: 11", "normalize: [1]", "beam-size: 0", "beam-size: 1.5", "beam-size: [2]"],
+    [
+        "normalize: much",
+        "normalize: nan",
+        "normalize: 11",
+        "normalize: [1]",
+        "word-penalty: much",
+        "word-penalty: [1]",
+        "max-length-factor: 0",
+        "max-length-factor: inf",
+        "beam-size: 0",
+        "beam-size: 1.5",
+        "beam-size: [2]",
+    ],
 )
 def test_a_search_that_is_none(directory: Path, setting: str) -> None:
     (directory / "decoder.yml").write_text(f"models: [model.npz]\nvocabs: [vocab.yml, vocab.yml]\n{setting}\n")

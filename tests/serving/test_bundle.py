@@ -304,6 +304,8 @@ def test_a_manifest_that_lists_itself(directory: Path) -> None:
         ),
         ({"defaults": {"suppressed_first": [3, 9], "end_ids": [3, 9]}}, ()),
         ({"defaults": {"suppressed": [[3]], "end_ids": [9]}}, ()),
+        ({"defaults": {"passed_over_id": 64}}, ("defaults.passed_over_id: 64 is outside a vocabulary of 64",)),
+        ({"defaults": {"passed_over_id": 3}}, ("defaults.passed_over_id: 3 is the end-of-sentence token",)),
         ({"defaults": {"min_target_tokens": 128}}, ("defaults.min_target_tokens: 128 is more than a target may have, 127",)),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",

@@ -145,6 +145,34 @@ def test_what_a_request_leaves_open_is_as_the_models_makers_chose() -> None:
     assert longer.decoding_options(RequestOptions(), 4).max_target_tokens == 40
 
 
+# As a model of Marian's has them.
+MARIAN = DefaultOptions(shrinking_beam=True, word_penalty=0.2, passed_over_id=1, max_target_ratio=2.5)
+
+
+def test_a_model_of_marians_searches_as_marian_does() -> None:
+    preparer = with_defaults(MARIAN)
+    options = preparer.decoding_options(RequestOptions(beam_size=4), 5)
+    assert (options.shrinking_beam, options.word_penalty, options.passed_over_id) == (True, 0.2, 1)
+    # Two and a half times the source, rounded up; and no less than what a request asks for.
+    assert options.max_target_tokens == 13
+    assert preparer.decoding_options(RequestOptions(max_target_tokens=40), 5).max_target_tokens == 40
+    assert preparer.decoding_options(RequestOptions(max_target_ratio=3.0), 5).max_target_tokens == 15
+    assert preparer.decoding_options(RequestOptions(), 5, prefix=(7, 8)).max_target_tokens == 34
+
+
+@pytest.mark.parametrize(
+    ("asked", "passed_over_id"),
+    [
+        (RequestOptions(suppress_unknown=True), 1),
+        (RequestOptions(suppress_unknown=False), None),
+        (RequestOptions(replace_unknowns=True), None),
+    ],
+    ids=["suppressed", "taken", "replaced"],
+)
+def test_a_request_may_have_unknown_tokens(asked: RequestOptions, passed_over_id: int | None) -> None:
+    assert with_defaults(MARIAN).decoding_options(asked, 5).passed_over_id == passed_over_id
+
+
 def test_a_request_has_its_own_way() -> None:
     asked = {
         "length_penalty": 0.5,
@@ -153,8 +181,9 @@ def test_a_request_has_its_own_way() -> None:
         "no_repeat_ngram_size": 0,
         "min_target_tokens": 0,
         "max_target_tokens": 50,
+        "shrinking_beam": False,
     }
-    options = with_defaults(CHOSEN).decoding_options(RequestOptions(**asked), 10)  # type: ignore[arg-type]  # one of each type
+    options = with_defaults(CHOSEN.model_copy(update={"shrinking_beam": True})).decoding_options(RequestOptions(**asked), 10)  # type: ignore[arg-type]  # one of each type
     assert {name: getattr(options, name) for name in asked} == asked
 
 

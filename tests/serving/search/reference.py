@@ -14,10 +14,14 @@ def _finish(prefix: tuple[int, ...], total: float, options: DecodingOptions) -> 
     ended = _is_end(prefix[-1], options)
     return Hypothesis(
         target_ids=prefix[:-1] if ended and not (options.return_end_token and prefix[-1] != EOS_ID) else prefix,
-        score=total / length**options.length_penalty,
+        score=_score(total, length, options),
         finish_reason=FinishReason.EOS if ended else FinishReason.LENGTH,
         target_tokens=length,
     )
+
+
+def _score(total: float, length: int, options: DecodingOptions) -> float:
+    return (total - options.word_penalty * length) / length**options.length_penalty
 
 
 def _is_end(token: int, options: DecodingOptions) -> bool:
@@ -25,7 +29,9 @@ def _is_end(token: int, options: DecodingOptions) -> bool:
 
 
 def _is_possible(token: int, log_prob: float, length: int, options: DecodingOptions) -> bool:
-    return log_prob > -math.inf and not (_is_end(token, options) and length < options.min_target_tokens)
+    if log_prob == -math.inf or token == options.passed_over_id:
+        return False
+    return not (_is_end(token, options) and length < options.min_target_tokens)
 
 
 def _best_first(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
@@ -65,9 +71,35 @@ def beam_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
         finished = _best_first(finished)[:width]
         if not running:
             break
-        if len(finished) == width and running[0][1] / length**options.length_penalty <= finished[-1].score:
+        if len(finished) == width and _score(running[0][1], length, options) <= finished[-1].score:
             break
     return finished[: options.num_hypotheses]
+
+
+def shrinking_beam_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
+    """As Marian has it (src/translator/beam_search.cpp): of the best continuations of those that run, as many as run."""
+    running: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    num_running = options.beam_size
+    finished: list[Hypothesis] = []
+    for length in range(1, options.max_target_tokens + 1):
+        longer = [
+            ((*prefix, token), total + log_prob)
+            for prefix, total in running
+            for token, log_prob in enumerate(model.log_probs(prefix))
+            if _is_possible(token, log_prob, length - 1, options)
+        ]
+        longer.sort(key=lambda continuation: continuation[1], reverse=True)
+        running = []
+        for prefix, total in longer[:num_running]:
+            if _is_end(prefix[-1], options) or length == options.max_target_tokens:
+                finished.append(_finish(prefix, total, options))
+            else:
+                running.append((prefix, total))
+        # A beam that has fewer continuations than places has none to spare later either.
+        num_running = options.beam_size - len(finished)
+        if not running:
+            break
+    return _best_first(finished)[: options.num_hypotheses]
 
 
 def all_hypotheses(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
