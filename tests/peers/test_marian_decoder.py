@@ -21,7 +21,7 @@ import torch
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from serving.bundle import MarianTokenizerSpec, TokensTokenizerSpec
 from serving.request import DecodingOptions
-from serving.tokenizers import ModelTokenizer, load_tokenizer
+from serving.tokenizers import Tokenizer, load_tokenizer
 from tests.peers.subject import Subject
 from tests.support import ENGLISH_LINES, GERMAN_LINES, score_of
 
@@ -151,7 +151,7 @@ class Pair:
     sources: list[str]
 
     @property
-    def tokenizer(self) -> ModelTokenizer:
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.subject.bundle("fp32"))
 
     def source_ids(self) -> list[tuple[int, ...]]:

@@ -21,7 +21,8 @@ def _finish(prefix: tuple[int, ...], total: float, options: DecodingOptions) -> 
 
 
 def _score(total: float, length: int, options: DecodingOptions) -> float:
-    return (total - options.word_penalty * length) / length**options.length_penalty
+    score: float = (total - options.word_penalty * length) / length**options.length_penalty
+    return score
 
 
 def _is_end(token: int, options: DecodingOptions) -> bool:
@@ -71,7 +72,7 @@ def beam_search(model: ToyModel, options: DecodingOptions) -> list[Hypothesis]:
         finished = _best_first(finished)[:width]
         if not running:
             break
-        if len(finished) == width and _score(running[0][1], length, options) <= finished[-1].score:
+        if len(finished) == width and _score(running[0][1], length, options) <= score_of(finished[-1]):
             break
     return finished[: options.num_hypotheses]
 
