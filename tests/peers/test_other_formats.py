@@ -1,7 +1,8 @@
 """Models in the formats of other projects: our module and engine against what these projects compute.
 
-Neither fairseq nor OpenNMT-py is installed here, and Marian need not be (see ``test_marian_decoder.py``); random models are written
-in their formats. Logits are compared with the forward passes of ``tests/origins.py``, translations with CTranslate2, whose own converters read the same files.
+Neither fairseq nor OpenNMT-py is installed here, and Marian need not be (see ``test_marian_decoder.py``); random models are
+written in their formats. Logits are compared with the forward passes of ``tests/origins.py``, translations with CTranslate2,
+whose own converters read the same files.
 """
 
 from __future__ import annotations
