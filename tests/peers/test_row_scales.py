@@ -32,10 +32,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 LEAST_AGREEMENT = 0.9
 
 
-@pytest.fixture
-def by_row(subject: Subject, tmp_path: Path) -> Subject:
+@pytest.fixture(scope="session")
+def by_row(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """The same checkpoint, whose bundle in int8 has one scale a row."""
-    return Subject(subject.directory, tmp_path, int8_scales="row")
+    return Subject(subject.directory, tmp_path_factory.mktemp("by-row"), int8_scales="row")
 
 
 @pytest.mark.parametrize(("beam_size", "length_penalty"), [(1, 1.0), (4, 0.0)])
