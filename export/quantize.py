@@ -24,7 +24,9 @@ def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     # Multiplied, as CTranslate2 does: of weights stored in half precision many lie in the middle of two bytes, and a division
     # would round some of these to the other one.
-    steps = 127 / torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=SMALLEST_MAXIMUM)
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=SMALLEST_MAXIMUM)
+    # By a tensor: a number over a tensor is the number times its reciprocal, which is rounded twice.
+    steps = torch.tensor(127.0) / largest
     quantized = torch.empty(weight.shape[::-1], dtype=torch.int8)
     rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):

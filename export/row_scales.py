@@ -42,7 +42,8 @@ class RowScaledInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAXIMUM)  # [..., 1]
-        steps = x * (_STEPS / largest)
+        # By a tensor: a number over a tensor is the number times its reciprocal, which is rounded twice.
+        steps = x * (torch.tensor(float(_STEPS)) / largest)
         if torch.onnx.is_in_onnx_export():
             one, zero_point = torch.tensor(1.0), torch.tensor(_ZERO_POINT, dtype=torch.uint8)
             product = integer_product(steps, self.weight, one, self.weight_scale, zero_point, None)
