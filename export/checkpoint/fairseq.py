@@ -47,6 +47,9 @@ _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 _MAY_REPEAT = " #fairseq:overwrite"
 # Tensors that are no weights of the architecture.
 _NO_WEIGHTS = ("version", "embed_positions._float_tensor", "embed_positions.weights")
+# What 0.12.2 keeps of every encoder layer for a faster pass beside its weights, in one piece each: made anew of these when it is
+# loaded, and zeros until then.
+_COPIES = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
 _ATTENTIONS = {
     "encoder": {"self_attn": "self_attention"},
@@ -239,6 +242,8 @@ def _tensors(
 def _renewed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by the names that they have today."""
     for name, tensor in state.items():
+        if _COPIES.fullmatch(name):
+            continue
         if match := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name):
             # Queries, keys and values were one product.
             for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=False):
