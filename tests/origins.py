@@ -434,7 +434,8 @@ def opennmt_arrays(settings: Mapping[str, Any], sizes: tuple[int, int], *, seed:
 
     def norm(name: str) -> None:
         draw(f"{name}.weight", d, deviation=0.2, mean=1)
-        draw(f"{name}.bias", d, deviation=0.2)
+        if settings["layer_norm"] != "rms":
+            draw(f"{name}.bias", d, deviation=0.2)
 
     norms = {"self_attn": "layer_norm_1", "context_attn": "layer_norm_2"}
     sides = (
@@ -473,6 +474,8 @@ def opennmt_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence
     d, num_heads = settings["hidden_size"], settings["heads"]
 
     def norm(x: Array, name: str) -> Array:
+        if settings["layer_norm"] == "rms":
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + settings["norm_eps"]) * arrays[f"{name}.weight"]
         return layer_norm(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"], settings["norm_eps"])
 
     def linear(x: Array, name: str) -> Array:

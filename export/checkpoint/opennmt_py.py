@@ -1,8 +1,8 @@
 """OpenNMT-py's translation models: one ``.pt`` with tensors, settings and vocabularies, of versions 0 to 3.
 
-The ``.pt``, or a directory with one; a SentencePiece model or byte-pair codes, where they lie beside it, cut the text. Knows the
-file's layout, the settings of OpenNMT-py's ``transformer`` and the names of its tensors; does not know vocabularies
-(``opennmt_py_vocabulary.py``) or what a checkpoint becomes.
+The ``.pt``, or a directory with one; where that is without weights, the ``.safetensors`` of the same name. A SentencePiece model
+or byte-pair codes, where they lie beside it, cut the text. Knows the files' layout, the settings of OpenNMT-py's ``transformer``
+and the names of its tensors; does not know vocabularies (``opennmt_py_vocabulary.py``) or what a checkpoint becomes.
 
 **Settings** are the command line's, an ``argparse.Namespace``; those that make the architecture are read with OpenNMT-py's
 defaults. What would make one that this project's module has no place for is refused, all at once.
@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from export.checkpoint.archives import file_sha256, read_pickle, settings_of, weights_of
+from export.checkpoint.archives import file_sha256, first_line, read_pickle, settings_of, weights_of
 from export.checkpoint.base import Checkpoint, alignment, read_samples
 from export.checkpoint.hugging_face import rename, setting_faults
 from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
@@ -60,7 +62,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "decoder_type": ("transformer",),
     "encoder_type": ("transformer",),
     "generator_function": (None, "softmax"),
-    "layer_norm": (None, "standard"),
     "lora_layers": (None, []),
     "max_relative_positions": _OFF,
     "model_task": (None, "seq2seq"),
@@ -96,6 +97,7 @@ class _OpenNmtConfig(BaseModel):
     pos_ffn_activation_fn: str = "relu"
     share_embeddings: bool = False
     share_decoder_embeddings: bool = False
+    layer_norm: Literal["standard", "rms"] | None = None
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     # The file may lack biases that these leave out.
     add_qkvbias: bool = True
@@ -151,6 +153,12 @@ class OpenNmtPyReader:
         document = read_pickle(model_path, CLASSES, _CONVERSION, faults)
         if not document:
             raise CheckpointError(path, faults)
+        weights_path = model_path
+        if "opt" in document and not document.keys() & {"model", "generator"}:
+            weights_path = model_path.with_suffix(".safetensors")
+            document |= _weights_beside(weights_path, faults)
+            if faults:
+                raise CheckpointError(path, faults)
         if missing := [name for name in ("model", "generator", "vocab", "opt") if name not in document]:
             raise CheckpointError(path, [f"{model_path.name}: has no {', '.join(missing)}, so it is no model of OpenNMT-py's"])
         state = _state(document, model_path.name, faults)
@@ -174,7 +182,7 @@ class OpenNmtPyReader:
             source_ends_with_eos=False,
             tokenizer=choice.spec,
             tokenizer_files=choice.files,
-            weights_sha256=file_sha256(model_path),
+            weights_sha256=file_sha256(weights_path),
             sample_lines=sample_lines,
             warnings=choice.warnings,
         )
@@ -212,6 +220,21 @@ def _parameter_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
             yield f"{theirs}.feed_forward.w_2", f"{ours}.feed_forward.outer"
             yield f"{theirs}.feed_forward.layer_norm", f"{ours}.feed_forward_residual.norm"
         yield f"{side}.layer_norm", f"{side}.final_norm"
+
+
+def _weights_beside(path: Path, faults: list[str]) -> dict[str, Any]:
+    """What ``-save_format safetensors`` puts into a file of its own, as the two parts of a ``.pt``; nothing after a fault."""
+    if not path.is_file():
+        faults.append(f"{path.name}: is missing, and {path.stem}.pt is without weights")
+        return {}
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        faults.append(f"{path.name}: cannot be read: {first_line(error)}")
+        return {}
+    prefix = "generator."
+    generator = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    return {"model": {name: stored[name] for name in stored if not name.startswith(prefix)}, "generator": generator}
 
 
 def _state(document: Mapping[str, Any], file_name: str, faults: list[str]) -> dict[str, Tensor]:
@@ -269,6 +292,7 @@ def _architecture(settings: _OpenNmtConfig, vocabularies: Vocabularies, start: s
         encoder_d_ff=encoder_inner.shape[0],
         decoder_d_ff=decoder_inner.shape[0],
         norm="pre",
+        norm_kind="rms" if settings.layer_norm == "rms" else "layer",
         activation=_ACTIVATIONS[settings.pos_ffn_activation_fn],
         gated=f"encoder.transformer.0.{_FACTOR}.weight" in state,
         positions="learned",

@@ -4,6 +4,7 @@ import argparse
 import fractions
 import hashlib
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,20 @@ def as_before(state: dict[str, Any]) -> None:
 def test_names_of_older_versions(directory: Path) -> None:
     write(directory, as_before, share_decoder_input_output_embed=False)
     assert_computes(read_checkpoint(directory), {**SETTINGS, "share_decoder_input_output_embed": False})
+
+
+def test_copies_of_an_encoder_layers_weights_are_none_of_its_own(directory: Path) -> None:
+    """As version 0.12.2 keeps them; zeros until a checkpoint was loaded once."""
+
+    def with_copies(state: dict[str, Any]) -> None:
+        for name in [name for name in state if re.fullmatch(r"encoder\.layers\.\d+\.fc1\.weight", name)]:
+            layer, (inner, d) = name.removesuffix(".fc1.weight"), state[name].shape
+            shapes = {"in_proj": (3 * d, d), "out_proj": (d, d), "fc1": (inner, d), "fc2": (d, inner)}
+            for product, shape in shapes.items():
+                state |= {f"{layer}.{product}_weight": torch.zeros(shape), f"{layer}.{product}_bias": torch.zeros(shape[0])}
+
+    write(directory, with_copies)
+    assert_computes(read_checkpoint(directory), SETTINGS)
 
 
 def test_half_precision_becomes_float32(directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
@@ -122,12 +123,38 @@ def test_the_file_itself(directory: Path) -> None:
         {"share_decoder_embeddings": True},
         {"add_qkvbias": False, "add_ffnbias": False},
         {"norm_eps": 1e-2},
+        {"layer_norm": "rms"},
     ],
     ids=lambda changed: ", ".join(changed),
 )
 def test_architectures(directory: Path, changed: dict[str, Any]) -> None:
     write(directory, **changed)
     assert_computes(read_checkpoint(directory), {**SETTINGS, **changed})
+
+
+def write_apart(directory: Path, **settings: Any) -> None:
+    """As with ``-save_format safetensors``: the weights in a file of their own."""
+    document = document_of({**SETTINGS, **settings})
+    model, generator = (document.pop(name) for name in ("model", "generator"))
+    torch.save(document, directory / "model.pt")
+    save_file({**model, **{f"generator.{name}": tensor for name, tensor in generator.items()}}, directory / "model.safetensors")
+
+
+def test_weights_in_a_file_of_their_own(directory: Path) -> None:
+    write_apart(directory)
+    for path in (directory, directory / "model.pt"):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+        assert_computes(checkpoint, SETTINGS)
+
+
+def test_weights_of_their_own_that_are_missing_or_none(directory: Path) -> None:
+    write_apart(directory)
+    (directory / "model.safetensors").write_bytes(b"{}")
+    (fault,) = faults_of(directory)
+    assert fault.startswith("model.safetensors: cannot be read: ")
+    (directory / "model.safetensors").unlink()
+    assert faults_of(directory) == ("model.safetensors: is missing, and model.pt is without weights",)
 
 
 def as_before(document: dict[str, Any]) -> None:
@@ -189,7 +216,6 @@ UNSUPPORTED: dict[str, Any] = {
     "decoder_type": "transformer_lm",
     "copy_attn": True,
     "generator_function": "sparsemax",
-    "layer_norm": "rms",
     "max_relative_positions": 20,
     "model_task": "lm",
     "num_kv": 4,
@@ -215,6 +241,7 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
         ({"enc_layers": 0}, "enc_layers: Input should be greater than 0"),
         ({"enc_layers": 10**9}, "enc_layers: Input should be less than"),
         ({"norm_eps": float("nan")}, "norm_eps: Input should be"),
+        ({"layer_norm": "batch"}, "layer_norm: Input should be 'standard' or 'rms'"),
         ({"share_embeddings": 1}, "share_embeddings: Input should be a valid boolean"),
     ],
     ids=str,
