@@ -100,7 +100,7 @@ bench-gpu: $(INSTALLED)  ## The same on a CUDA device, in fp16.
 test-all: lint types test  ## Everything that CI checks.
 
 # A bundle is one directory, written whole or not at all; its manifest stands for it.
-$(BUNDLE)/manifest.json: $(wildcard $(CHECKPOINT)/* export/*.py export/*/*.py) serving/bundle.py | $(INSTALLED)
+$(BUNDLE)/manifest.json: $(wildcard $(CHECKPOINT)/* export/*.py export/*/*.py) serving/manifest.py | $(INSTALLED)
 	$(BIN)/onnxlate export $(CHECKPOINT) $(BUNDLE) --precision $(PRECISION) --overwrite
 
 demo: $(BUNDLE)/manifest.json  ## Export the bundled model, serve it, translate a few sentences, stop.

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.marian import write_marian
 from benchmarks.results import Precision
 from export.checkpoint import Checkpoint, read_checkpoint
-from serving.bundle import TokenizerSpec
+from serving.manifest import TokenizerSpec
 from serving.tokenizers.base import contents_of
 
 # The paper's base size.

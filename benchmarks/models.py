@@ -21,7 +21,8 @@ from typing import ParamSpec, TypeVar
 from benchmarks import peers
 from benchmarks.process import Failed, PeerUnavailableError, one_line
 from benchmarks.results import Precision
-from serving.bundle import Bundle, Int8Scales, read_bundle
+from serving.bundle import Bundle, read_bundle
+from serving.manifest import Int8Scales
 
 ROOT = Path(__file__).parents[1]
 BUNDLED_CHECKPOINT = ROOT / "examples" / "multi30k" / "checkpoint"

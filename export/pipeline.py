@@ -26,13 +26,14 @@ from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_enco
 from export.row_scales import row_scaled_graphs
 from export.samples import Samples, draw_samples
 from export.writer import Owned, check_destination, working_directory, write_bundle
-from serving.bundle import (
+from serving.bundle import Bundle
+from serving.errors import ExportError, ServerStartError
+from serving.manifest import (
     CACHE_ROWS_NAME,
     DECODER_NAME,
     ENCODER_NAME,
     FORMAT_REVISION,
     Architecture,
-    Bundle,
     Certificate,
     Comparison,
     Int8Scales,
@@ -43,7 +44,6 @@ from serving.bundle import (
     Provenance,
     SpecialIds,
 )
-from serving.errors import ExportError, ServerStartError
 from serving.tokenizers import open_tokenizer
 
 

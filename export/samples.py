@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.checkpoint import SAMPLES_NAME, Checkpoint
-from serving.bundle import SampleSource
 from serving.errors import ExportError
+from serving.manifest import SampleSource
 from serving.tokenizers import open_tokenizer
 
 # Sources of a certificate alone, and of one and scales together: an export to int8 takes as long as if 32 were for both.

@@ -21,8 +21,8 @@ from export.graphs import DecoderStepGraph, EncoderGraph, lay_out
 from export.model import ModelConfig, Transformer
 from export.onnx_export import example_step
 from export.samples import Sample
-from serving.bundle import Comparison
 from serving.errors import ExportError
+from serving.manifest import Comparison
 from serving.runtime import load_graph, pad_sources
 
 # What everything is compared with, for the certificate.

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from serving.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest, ManifestDraft, manifest_faults, read_bundle
+from serving.bundle import Bundle, read_bundle
 from serving.errors import BundleError, ExportError
+from serving.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestDraft, manifest_faults
 
 _CHUNK_BYTES = 1 << 20
 

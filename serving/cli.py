@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from tqdm import tqdm
 
-from serving.bundle import Int8Scales, LanguagePair, Precision, read_bundle
+from serving.bundle import read_bundle
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import ExportError, OnnxlateError
 from serving.inspection import describe
+from serving.manifest import Int8Scales, LanguagePair, Precision
 from serving.version import package_version
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serving.bundle import Certificate, DefaultOptions, Int8Scales, Manifest
+from serving.manifest import Certificate, DefaultOptions, Int8Scales, Manifest
 
 _INT8_SCALES: dict[Int8Scales, str] = {"constant": "constant scales", "row": "a scale for each row, found at run time"}
 

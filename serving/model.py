@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from serving.bundle import Manifest, read_bundle
+from serving.bundle import read_bundle
 from serving.config import EngineConfig, RequestLimits
 from serving.errors import ServerStartError
+from serving.manifest import Manifest
 from serving.observer import EngineObserver
 from serving.preparation import ModelDescription, TextPreparer
 from serving.request_options import TranslationLimits

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.attended import AttendedSource, attended_target
-from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
+from serving.manifest import DefaultOptions, LanguageTokens
 from serving.plan import Plan, make_plan
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, PrefixBias, Sequence, SequenceTimings
 from serving.request_options import (

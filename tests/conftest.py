@@ -9,7 +9,8 @@ import pytest
 from export import pipeline
 from export.graph_files import LARGEST_EMBEDDED_BYTES
 from export.pipeline import export_bundle
-from serving.bundle import Bundle, Precision
+from serving.bundle import Bundle
+from serving.manifest import Precision
 from tests.support import write_tiny_checkpoint
 from tests.traces import Traces
 

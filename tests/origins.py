@@ -475,7 +475,8 @@ def opennmt_logits(settings: Mapping[str, Any], arrays: Arrays, source: Sequence
 
     def norm(x: Array, name: str) -> Array:
         if settings["layer_norm"] == "rms":
-            return x / np.sqrt((x**2).mean(-1, keepdims=True) + settings["norm_eps"]) * arrays[f"{name}.weight"]
+            normed: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + settings["norm_eps"]) * arrays[f"{name}.weight"]
+            return normed
         return layer_norm(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"], settings["norm_eps"])
 
     def linear(x: Array, name: str) -> Array:

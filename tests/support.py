@@ -12,7 +12,7 @@ import torch
 
 from export.checkpoint import write_native_checkpoint
 from export.model import ModelConfig, Transformer
-from serving.bundle import LanguagePair, TokenizerSpec
+from serving.manifest import LanguagePair, TokenizerSpec
 from serving.request import Hypothesis
 
 PAD_ID, UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2, 3

@@ -28,7 +28,7 @@ from benchmarks.served.servers import (
 from benchmarks.served.shell import SHELL_MS_TO_REACH, measure_shell
 from benchmarks.served.soak import soak
 from benchmarks.served.sweep import FULL, QUICK, Contender, Effort, Sweep
-from serving.bundle import MarianTokenizerSpec, TokenizerSpec
+from serving.manifest import MarianTokenizerSpec, TokenizerSpec
 
 TITLE = "Served"
 METHOD = (

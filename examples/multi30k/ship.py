@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.multi30k.recipe import Recipe
 from export.checkpoint import write_native_checkpoint
 from export.model import ModelConfig
-from serving.bundle import LanguagePair, TokenizerSpec
+from serving.manifest import LanguagePair, TokenizerSpec
 
 _HERE = Path(__file__).parent
 

@@ -20,8 +20,8 @@ from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.ctranslate2 import read_directory
 from export.checkpoint.hugging_face import read_json
 from export.checkpoint.packages import detached, unpacked
-from serving.bundle import LanguagePair, MosesSpec, field_faults
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair, MosesSpec, field_faults
 
 METADATA_NAME, MODEL_NAME = "metadata.json", "model"
 SENTENCEPIECE_NAME, CODES_NAME = "sentencepiece.model", "bpe.model"

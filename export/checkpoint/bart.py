@@ -48,8 +48,8 @@ from export.checkpoint.hugging_face import (
     token_text,
 )
 from export.model import ModelConfig, NormPlacement, sinusoidal_table
-from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, field_faults
 from serving.errors import CheckpointError
+from serving.manifest import DefaultOptions, LanguagePair, LanguageTokens, field_faults
 from serving.tokenizers import open_tokenizer
 
 # Fields that make another model of any of these families, and the values with which they do not.

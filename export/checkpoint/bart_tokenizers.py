@@ -28,7 +28,7 @@ from export.checkpoint.hugging_face import (
     special_tokens,
     tokenizer_ids,
 )
-from serving.bundle import AnyTokenizerSpec, HuggingFaceTokenizerSpec, MarianTokenizerSpec
+from serving.manifest import AnyTokenizerSpec, HuggingFaceTokenizerSpec, MarianTokenizerSpec
 
 PEGASUS_NAME = "spiece.model"
 VOCAB_NAME = "vocab.json"

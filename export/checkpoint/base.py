@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from export.model import ModelConfig, Transformer, computed_positions
-from serving.bundle import AnyTokenizerSpec, DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
+from serving.manifest import AnyTokenizerSpec, DefaultOptions, LanguagePair, LanguageTokens
 
 _TARGET_EMBEDDING = "decoder.embedding.tokens.weight"
 _SOURCE_EMBEDDING = "encoder.embedding.tokens.weight"

@@ -23,8 +23,8 @@ from export.checkpoint.ctranslate2_weights import Settings, read_positions, read
 from export.checkpoint.marian_binary import is_marian_binary
 from export.checkpoint.vocabulary import choose_tokenizer
 from export.model import ModelConfig
-from serving.bundle import MosesSpec, field_faults
 from serving.errors import CheckpointError
+from serving.manifest import MosesSpec, field_faults
 
 BINARY_NAME = "model.bin"
 _SPEC = "TransformerSpec"

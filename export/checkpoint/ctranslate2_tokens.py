@@ -31,7 +31,7 @@ from export.checkpoint.ctranslate2_binary import ModelBinary
 from export.checkpoint.ctranslate2_weights import Settings
 from export.checkpoint.hugging_face import CONFIG_NAME, read_json
 from export.checkpoint.vocabulary import END_TOKEN, UNKNOWN_TOKEN, Vocabularies
-from serving.bundle import LanguageTokens, field_faults
+from serving.manifest import LanguageTokens, field_faults
 
 # Binary versions before this one have the settings of config.json in the file itself.
 _CONFIG_VERSION = 6

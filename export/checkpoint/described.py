@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from export.model import ModelConfig
-from serving.bundle import AnyTokenizerSpec, LanguagePair, field_faults, name_fault, revision_fault
 from serving.errors import CheckpointError
+from serving.manifest import AnyTokenizerSpec, LanguagePair, field_faults, name_fault, revision_fault
 from serving.tokenizers import open_tokenizer
 
 CONFIG_NAME = "config.json"

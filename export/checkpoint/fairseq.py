@@ -30,8 +30,8 @@ from export.checkpoint.fairseq_config import CLASSES, PAD_ID, FairseqConfig, mos
 from export.checkpoint.hugging_face import rename
 from export.checkpoint.vocabulary import Vocabularies, choose_tokenizer
 from export.model import ModelConfig
-from serving.bundle import LanguagePair
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair
 
 # The most telling names of a checkpoint; where there is none of them, the only ``.pt`` there is.
 MODEL_NAMES = ("checkpoint_best.pt", "model.pt", "checkpoint_last.pt")

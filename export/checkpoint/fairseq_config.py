@@ -16,7 +16,7 @@ from export.checkpoint.base import alignment
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.stand_ins import OMEGACONF_CLASSES
 from export.model import Activation, ModelConfig
-from serving.bundle import MosesSpec, field_faults
+from serving.manifest import MosesSpec, field_faults
 
 PAD_ID, EOS_ID = 1, 2
 # Classes of which a checkpoint may hold objects. fairseq's own dataclasses of settings are not among them: they hold enumerations

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from export.checkpoint.hugging_face import CONFIG_NAME, GENERATION_CONFIG_NAME, one_of, read_json, setting_faults
 from export.model import ModelConfig
-from serving.bundle import DefaultOptions, field_faults
+from serving.manifest import DefaultOptions, field_faults
 
 # Settings that change what is decoded in a way that a bundle does not, and the values with which they change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from export.checkpoint.archives import first_line, load_pickle, state_dict
 from export.checkpoint.base import expected_shapes, shared_names, tensor_faults
 from export.model import Activation, ModelConfig
-from serving.bundle import name_fault
+from serving.manifest import name_fault
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"

@@ -39,8 +39,8 @@ from export.checkpoint.hugging_face import (
     token_text,
 )
 from export.model import ModelConfig
-from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.errors import CheckpointError
+from serving.manifest import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.tokenizers.marian import MarianTokenizer
 
 SOURCE_MODEL_NAME = "source.spm"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.plain_yaml import read_yaml
 from export.model import Activation, ModelConfig, NormPlacement
-from serving.bundle import field_faults
+from serving.manifest import field_faults
 
 MODEL_CONFIG_NAME = "special:model.yml"
 

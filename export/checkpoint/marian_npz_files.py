@@ -15,7 +15,7 @@ import sentencepiece
 
 from export.checkpoint.plain_yaml import read_yaml
 from export.checkpoint.vocabulary import Vocabularies
-from serving.bundle import DefaultOptions, LanguagePair
+from serving.manifest import DefaultOptions, LanguagePair
 
 MODEL_NAME = "model.npz"
 DECODER_CONFIG_NAME = "decoder.yml"

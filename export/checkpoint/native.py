@@ -20,8 +20,8 @@ from torch import Tensor
 from export.checkpoint.base import SAMPLES_NAME, Checkpoint, read_samples, shared_names, tensor_faults
 from export.checkpoint.described import CONFIG_NAME, Description, find_tokenizer_files, mentions, read_description
 from export.model import ModelConfig
-from serving.bundle import AnyTokenizerSpec, LanguagePair
 from serving.errors import CheckpointError
+from serving.manifest import AnyTokenizerSpec, LanguagePair
 from serving.tokenizers.base import contents_of
 
 WEIGHTS_NAME = "model.safetensors"

@@ -30,8 +30,8 @@ from export.checkpoint.hugging_face import rename, setting_faults
 from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
 from export.checkpoint.vocabulary import END_TOKEN, Vocabularies, choose_tokenizer
 from export.model import Activation, ModelConfig, sinusoidal_table
-from serving.bundle import field_faults
 from serving.errors import CheckpointError
+from serving.manifest import field_faults
 
 _CONVERSION = (
     "where OpenNMT-py is installed, and if you trust the file, write it anew without: "

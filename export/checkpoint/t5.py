@@ -38,8 +38,8 @@ from export.checkpoint.hugging_face import (
 )
 from export.checkpoint.t5_tokenizers import SENTENCEPIECE_NAME, T5Tokenizer, read_tokenizer
 from export.model import Activation, ModelConfig
-from serving.bundle import DefaultOptions, LanguageTokens, field_faults
 from serving.errors import CheckpointError
+from serving.manifest import DefaultOptions, LanguageTokens, field_faults
 
 # Of models that do not say how long their texts may be: what they were trained on.
 _MAX_POSITIONS = 512

@@ -29,7 +29,7 @@ from export.checkpoint.hugging_face import (
     setting_faults,
     tokenizer_ids,
 )
-from serving.bundle import HuggingFaceTokenizerSpec, TokenizerSpec
+from serving.manifest import HuggingFaceTokenizerSpec, TokenizerSpec
 from serving.tokenizers import open_tokenizer
 
 SENTENCEPIECE_NAME = "spiece.model"

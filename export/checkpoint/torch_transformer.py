@@ -27,8 +27,8 @@ from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.described import CONFIG_NAME, Description, find_tokenizer_files, mentions, read_description
 from export.checkpoint.hugging_face import rename
 from export.model import ModelConfig
-from serving.bundle import name_fault
 from serving.errors import CheckpointError
+from serving.manifest import name_fault
 
 _FORMAT: Literal["torch.nn.Transformer"] = "torch.nn.Transformer"
 _SUPPORTED_REVISIONS = (1,)

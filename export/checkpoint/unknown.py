@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.checkpoint.base import CheckpointReader
 from export.checkpoint.hugging_face import CONFIG_NAME, read_json
-from serving.bundle import MANIFEST_NAME
+from serving.manifest import MANIFEST_NAME
 
 # Files that are part of a checkpoint, which is their directory.
 _PARTS = (".bin", ".json", ".model", ".safetensors", ".spm", ".txt", ".yml")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint.hugging_face import TOKENIZER_NAME, tokenizer_ids
-from serving.bundle import (
+from serving.manifest import (
     AnyTokenizerSpec,
     HuggingFaceTokenizerSpec,
     LanguageTokens,

@@ -6,16 +6,16 @@ some kinds need are imported when such a tokenizer is opened.
 
 from __future__ import annotations
 
-from serving.bundle import (
+from serving.bundle import Bundle
+from serving.errors import BundleError
+from serving.manifest import (
     AnyTokenizerSpec,
-    Bundle,
     HuggingFaceTokenizerSpec,
     MarianTokenizerSpec,
     SubwordNmtTokenizerSpec,
     TokenizerSpec,
     TokensTokenizerSpec,
 )
-from serving.errors import BundleError
 from serving.tokenizers.base import ModelTokenizer, Tokenizer, TokenizerFiles
 from serving.tokenizers.hugging_face import HuggingFaceTokenizer
 from serving.tokenizers.marian import MarianTokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from serving.bundle import HuggingFaceTokenizerSpec
+from serving.manifest import HuggingFaceTokenizerSpec
 from serving.tokenizers.base import (
     TokenizerFiles,
     contents_of,

@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 
-from serving.bundle import MarianTokenizerSpec
+from serving.manifest import MarianTokenizerSpec
 from serving.tokenizers.base import (
     TokenizerFiles,
     check_special_tokens,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from serving.bundle import TokenizerSpec
+from serving.manifest import TokenizerSpec
 from serving.tokenizers.base import TokenizerFiles, contents_of, forms_of, known_ids, without_incomplete_character
 
 # What SentencePiece writes for a space.

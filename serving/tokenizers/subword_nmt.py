@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from serving.bundle import SubwordNmtTokenizerSpec
+from serving.manifest import SubwordNmtTokenizerSpec
 from serving.tokenizers.base import (
     TokenizerFiles,
     check_special_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from serving.bundle import TokensTokenizerSpec
+from serving.manifest import TokensTokenizerSpec
 from serving.tokenizers.base import (
     TokenizerFiles,
     check_special_tokens,

@@ -13,8 +13,8 @@ import pytest
 
 from export.checkpoint import read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import LanguagePair, SubwordNmtTokenizerSpec
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair, SubwordNmtTokenizerSpec
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests.export.test_ctranslate2 import CONFIG, binary, flag, variables, write
 from tests.support import ENGLISH_LINES, tiny_sentencepiece

@@ -16,7 +16,7 @@ from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.checkpoint.bart import BART, MBART, PEGASUS
 from export.model import sinusoidal_table
 from export.pipeline import export_bundle
-from serving.bundle import HuggingFaceTokenizerSpec, LanguagePair, LanguageTokens
+from serving.manifest import HuggingFaceTokenizerSpec, LanguagePair, LanguageTokens
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests.export.bart_directories import (
     FIELDS,

@@ -15,8 +15,8 @@ from torch import Tensor
 from export.checkpoint import Checkpoint, build_model, read_checkpoint, with_languages, write_native_checkpoint
 from export.checkpoint.base import expected_shapes, not_finite, shared_names, tensor_faults
 from export.model import ModelConfig, Transformer
-from serving.bundle import LanguagePair, LanguageTokens, TokenizerSpec
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair, LanguageTokens, TokenizerSpec
 from tests.support import (
     SAMPLE_LINES,
     TINY_VOCAB_SIZE,

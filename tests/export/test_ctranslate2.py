@@ -15,8 +15,8 @@ import torch
 
 from export.checkpoint import build_model, read_checkpoint
 from export.checkpoint.ctranslate2_weights import position_table
-from serving.bundle import LanguageTokens
 from serving.errors import CheckpointError
+from serving.manifest import LanguageTokens
 from serving.tokenizers import open_tokenizer
 from tests.ctranslate2_files import string
 from tests.support import tiny_sentencepiece

@@ -16,8 +16,8 @@ import torch
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import LanguagePair, MosesSpec, SubwordNmtTokenizerSpec
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair, MosesSpec, SubwordNmtTokenizerSpec
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
 from tests.support import SAMPLE_LINES, tiny_sentencepiece

@@ -13,8 +13,9 @@ from onnx import TensorProto, numpy_helper
 from export import verify
 from export.model import ModelConfig
 from export.pipeline import export_bundle
-from serving.bundle import Bundle, manifest_faults, read_bundle
+from serving.bundle import Bundle, read_bundle
 from serving.errors import ExportError
+from serving.manifest import manifest_faults
 from tests.support import T5, tiny_config, write_tiny_checkpoint
 
 # Versions of the operators for which ONNX Runtime has CUDA kernels of the types in these graphs (its docs/OperatorKernels.md).

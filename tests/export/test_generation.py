@@ -9,7 +9,7 @@ import pytest
 
 from export.checkpoint.generation import GenerationSettings, read_generation
 from export.model import ModelConfig
-from serving.bundle import DefaultOptions
+from serving.manifest import DefaultOptions
 from tests.published_models import PUBLISHED
 from tests.support import tiny_config
 

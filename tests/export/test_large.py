@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.bundle import Precision
+from serving.manifest import Precision
 from tests.export.large_checkpoint import LANGUAGES, Size, write_large_checkpoint
 from tests.support import ENGLISH_LINES
 

@@ -16,7 +16,7 @@ from export.checkpoint import build_model, read_checkpoint
 from export.checkpoint.m2m100 import M2M100, position_table
 from export.model import ModelConfig
 from export.pipeline import export_bundle
-from serving.bundle import LanguagePair, LanguageTokens, MarianTokenizerSpec
+from serving.manifest import LanguagePair, LanguageTokens, MarianTokenizerSpec
 from serving.tokenizers import load_tokenizer
 from tests.export.bart_directories import (
     FIELDS,

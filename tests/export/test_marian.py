@@ -19,10 +19,11 @@ from export.checkpoint.marian import tensor_names
 from export.model import ModelConfig
 from export.pipeline import export_bundle
 from export.samples import draw_samples
-from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, read_bundle
+from serving.bundle import read_bundle
 from serving.cli import main
 from serving.errors import CheckpointError
 from serving.inspection import describe
+from serving.manifest import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec
 from serving.tokenizers import load_tokenizer
 from tests.support import SAMPLE_LINES, tiny_config, tiny_model, tiny_sentencepiece
 from tests.vocabularies import marian_vocabulary

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import DefaultOptions, LanguagePair, LanguageTokens
 from serving.errors import CheckpointError
+from serving.manifest import DefaultOptions, LanguagePair, LanguageTokens
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests import origins
 from tests.support import GERMAN_LINES, SAMPLE_LINES, tiny_sentencepiece, train_sentencepiece

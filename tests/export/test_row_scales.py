@@ -22,8 +22,8 @@ from export.pipeline import export_bundle
 from export.quantize import Int8TokenTable
 from export.row_scales import RowScaledInt8Linear, row_scaled_graphs
 from export.samples import Sample
-from serving.bundle import Int8Scales, Precision
 from serving.errors import ExportError
+from serving.manifest import Int8Scales, Precision
 from serving.runtime import load_graph
 from tests.export.test_quantize import normal, traced
 from tests.support import SAMPLE_LINES, T5, tiny_config, tiny_model, write_tiny_checkpoint

@@ -9,8 +9,8 @@ import pytest
 
 from export.checkpoint import Checkpoint, read_checkpoint
 from export.samples import Sample, Samples, draw_samples
-from serving.bundle import LanguagePair, LanguageTokens
 from serving.errors import ExportError
+from serving.manifest import LanguagePair, LanguageTokens
 from serving.tokenizers import open_tokenizer
 from tests.support import EOS_ID, TINY_VOCAB_SIZE, tiny_config, write_tiny_checkpoint
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from export.checkpoint import build_model, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import LanguagePair
 from serving.config import EngineConfig
 from serving.engine import Engine
 from serving.errors import CheckpointError
+from serving.manifest import LanguagePair
 from serving.request import DecodingOptions
 from tests.serving.test_engine import translate
 from tests.support import BOS_ID, EOS_ID, PAD_ID, SAMPLE_LINES, TINY_VOCAB_SIZE, TOKENIZER_NAME, tiny_sentencepiece

@@ -20,8 +20,9 @@ from export.model import Transformer
 from export.onnx_export import export_decoder, export_encoder
 from export.pipeline import export_bundle
 from export.samples import Sample
-from serving.bundle import Bundle, Comparison, Precision
+from serving.bundle import Bundle
 from serving.errors import BundleError, CheckpointError, ExportError
+from serving.manifest import Comparison, Precision
 from serving.runtime.host import HostModelSession
 from tests.support import SAMPLE_LINES, TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 

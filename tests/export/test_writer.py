@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from export.writer import Owned, check_destination, working_directory, write_bundle
-from serving.bundle import Bundle, DefaultOptions, ManifestDraft, read_bundle
+from serving.bundle import Bundle, read_bundle
 from serving.errors import ExportError
+from serving.manifest import DefaultOptions, ManifestDraft
 from tests.serving.test_bundle import manifest_fields
 
 FILES = {"encoder.onnx": b"the encoder", "decoder.onnx": b"the decoder step", "sentencepiece.model": b"pieces"}

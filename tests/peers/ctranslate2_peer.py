@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.bundle import Precision
+from serving.manifest import Precision
 from serving.request import DecodingOptions, Hypothesis
 from tests.peers.subject import Subject
 from tests.support import score_of

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from export.checkpoint import Checkpoint, read_checkpoint
 from export.pipeline import export_bundle
-from serving.bundle import Bundle, Int8Scales, Precision
+from serving.bundle import Bundle
 from serving.config import EngineConfig
 from serving.engine import Engine
+from serving.manifest import Int8Scales, Precision
 from serving.request import DecodingOptions, Hypothesis, Outcome, Sequence
 from serving.tokenizers import load_tokenizer
 from tests.support import ENGLISH_LINES

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from export.checkpoint import build_model
-from serving.bundle import Precision
+from serving.manifest import Precision
 from serving.request import DecodingOptions
 from serving.tokenizers import load_tokenizer
 from tests.peers.ctranslate2_peer import Answer, Comparison

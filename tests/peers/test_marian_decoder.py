@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
-from serving.bundle import MarianTokenizerSpec, TokensTokenizerSpec
+from serving.manifest import MarianTokenizerSpec, TokensTokenizerSpec
 from serving.request import DecodingOptions
 from serving.tokenizers import Tokenizer, load_tokenizer
 from tests.peers.subject import Subject

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.conversion import convert_without_padding_rules, pieces_of
 from export.checkpoint.ctranslate2_binary import read_binary
 from export.row_scales import RowScaledInt8Linear
-from serving.bundle import Precision
+from serving.manifest import Precision
 from serving.request import DecodingOptions
 from tests.peers.ctranslate2_peer import Comparison, Peers, compare
 from tests.peers.subject import Subject

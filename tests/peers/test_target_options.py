@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.conversion import make_ends_likely, write_ctranslate2
 from export.pipeline import export_bundle
-from serving.bundle import DefaultOptions
 from serving.config import EngineConfig, RequestLimits
+from serving.manifest import DefaultOptions
 from serving.model import ServedModel, load_model
 from serving.observer import NullObserver
 from serving.preparation import Translation

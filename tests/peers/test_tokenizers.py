@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from serving.bundle import HuggingFaceTokenizerSpec, MosesSpec, SubwordNmtTokenizerSpec
+from serving.manifest import HuggingFaceTokenizerSpec, MosesSpec, SubwordNmtTokenizerSpec
 from serving.tokenizers import ModelTokenizer, open_tokenizer
 from tests.support import ENGLISH_LINES, GERMAN_LINES, TINY_LINES
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from serving.attended import AttendedSource, attended_target
-from serving.bundle import LanguageTokens
 from serving.errors import InvalidRequestError
+from serving.manifest import LanguageTokens
 from serving.preparation import Direction, TextPreparer, Translation
 from serving.request import FinishReason, Hypothesis, Outcome, Sequence
 from serving.request_options import RequestOptions

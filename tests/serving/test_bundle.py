@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serving.bundle import Comparison, Manifest, read_bundle
+from serving.bundle import read_bundle
 from serving.errors import BundleError
 from serving.inspection import describe
+from serving.manifest import Comparison, Manifest
 
 FILES = {"encoder.onnx": b"the encoder", "decoder.onnx": b"the decoder step", "sentencepiece.model": b"pieces"}
 

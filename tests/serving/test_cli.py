@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from serving import server as server_module
-from serving.bundle import Bundle, LanguagePair
+from serving.bundle import Bundle
 from serving.cli import main
 from serving.config import EngineConfig, RequestLimits, ServerConfig
 from serving.errors import EngineError, OverloadedError, ServerStartError
+from serving.manifest import LanguagePair
 from serving.model import ServedModel
 from serving.observer import EngineObserver
 from serving.request import Outcome, PrefixBias, Sequence

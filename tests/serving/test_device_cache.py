@@ -15,12 +15,13 @@ from onnx import TensorProto
 
 from export.cache_graphs import cache_rows_graph
 from export.pipeline import export_bundle
-from serving.bundle import CACHE_ROWS_NAME, Bundle
+from serving.bundle import Bundle
 from serving.config import EngineConfig
 from serving.device_cache import DeviceArray, DeviceLaneCache, DeviceSource
 from serving.engine import Engine
 from serving.errors import BundleError, EngineError, ServerStartError
 from serving.kv_cache import CacheGeometry, LaneCache
+from serving.manifest import CACHE_ROWS_NAME
 from serving.request import DecodingOptions
 from serving.runtime import load_graph, open_session
 from serving.runtime.device import DeviceModelSession, OrtDeviceMemory

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import InvalidRequestError
+from serving.manifest import DefaultOptions, LanguageTokens
 from serving.preparation import UNTOLD, Direction, TextPreparer
 from serving.request import Alternatives, PrefixBias, Sampling
 from serving.request_options import RequestOptions

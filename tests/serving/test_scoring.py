@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from serving.bundle import DefaultOptions, LanguageTokens
 from serving.errors import (
     DeadlineExceededError,
     EngineError,
@@ -14,6 +13,7 @@ from serving.errors import (
     OverloadedError,
     ShuttingDownError,
 )
+from serving.manifest import DefaultOptions, LanguageTokens
 from serving.preparation import Direction, TextPreparer
 from serving.request import DecodingOptions, Outcome
 from serving.scoring import ScoredTarget, TargetScorer, check_targets, scoring_options

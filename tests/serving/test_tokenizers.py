@@ -10,9 +10,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from serving.bundle import AnyTokenizerSpec, Bundle, Manifest
+from serving.bundle import Bundle
 from serving.errors import BundleError
 from serving.inspection import describe
+from serving.manifest import AnyTokenizerSpec, Manifest
 from serving.tokenizers import load_tokenizer, open_tokenizer
 from tests.serving.test_bundle import manifest_fields
 from tests.support import tiny_sentencepiece

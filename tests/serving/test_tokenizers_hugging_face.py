@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from serving.bundle import HuggingFaceTokenizerSpec
+from serving.manifest import HuggingFaceTokenizerSpec
 from serving.tokenizers import open_tokenizer
 from serving.tokenizers.hugging_face import HuggingFaceTokenizer
 from tests.support import TINY_LINES

@@ -11,8 +11,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.bundle import Bundle, Manifest, MarianTokenizerSpec
+from serving.bundle import Bundle
 from serving.errors import BundleError
+from serving.manifest import Manifest, MarianTokenizerSpec
 from serving.tokenizers import load_tokenizer
 from serving.tokenizers.marian import MarianTokenizer
 from tests.serving.test_bundle import manifest_fields

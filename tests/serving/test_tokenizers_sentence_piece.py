@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.bundle import Bundle, Manifest, TokenizerSpec
+from serving.bundle import Bundle
 from serving.errors import BundleError
+from serving.manifest import Manifest, TokenizerSpec
 from serving.tokenizers import StreamingDetokenizer, load_tokenizer
 from serving.tokenizers.sentence_piece import SentencePieceTokenizer
 from tests.serving.test_bundle import manifest_fields

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacremoses import MosesTokenizer
 
-from serving.bundle import MosesSpec, SubwordNmtTokenizerSpec
+from serving.manifest import MosesSpec, SubwordNmtTokenizerSpec
 from serving.tokenizers import open_tokenizer
 from serving.tokenizers.moses import Moses
 from serving.tokenizers.subword_nmt import SubwordNmtTokenizer

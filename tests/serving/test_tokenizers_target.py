@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.bundle import MarianTokenizerSpec, SubwordNmtTokenizerSpec, TokenizerSpec, TokensTokenizerSpec
+from serving.manifest import MarianTokenizerSpec, SubwordNmtTokenizerSpec, TokenizerSpec, TokensTokenizerSpec
 from serving.tokenizers import Tokenizer, open_tokenizer
 from tests.serving import test_tokenizers_hugging_face as hugging_face
 from tests.serving import test_tokenizers_subword_nmt as subword_nmt

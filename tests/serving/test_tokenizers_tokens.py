@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.bundle import TokensTokenizerSpec
+from serving.manifest import TokensTokenizerSpec
 from serving.tokenizers import open_tokenizer
 from serving.tokenizers.tokens import TokensTokenizer
 from tests.tokenizing import ANY_TEXT, ODD_TEXTS, stream
