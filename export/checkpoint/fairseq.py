@@ -244,7 +244,7 @@ def _renewed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state.items():
         if _COPIES.fullmatch(name):
             continue
-        if match := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name):
+        if tensor.dim() > 0 and (match := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name)):
             # Queries, keys and values were one product.
             for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=False):
                 yield f"{match[1]}{projection}.{match[2]}", part

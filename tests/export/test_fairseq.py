@@ -234,6 +234,15 @@ def test_names_of_older_versions(directory: Path) -> None:
     assert_computes(read_checkpoint(directory), {**SETTINGS, "share_decoder_input_output_embed": False})
 
 
+def test_one_product_that_is_a_number(directory: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        as_before(state)
+        state["encoder.layers.0.self_attn.in_proj_bias"] = torch.tensor(1.0)
+
+    write(directory, change, share_decoder_input_output_embed=False)
+    assert "checkpoint_best.pt: encoder.layers.0.self_attn.in_proj_bias: extra []" in faults_of(directory)
+
+
 def test_copies_of_an_encoder_layers_weights_are_none_of_its_own(directory: Path) -> None:
     """As version 0.12.2 keeps them; zeros until a checkpoint was loaded once."""
 
