@@ -28,7 +28,7 @@ transformers: Any = pytest.importorskip("transformers", reason="transformers is 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("subject", ["trained"], indirect=True)]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-# Two or three in a hundred below what is measured.
+# Measured of 75 sentences: 98.7 % greedy, 96.0 % with beams of 4; a last bit may change a few of them on another machine.
 LEAST_AGREEMENT = 0.9
 
 
