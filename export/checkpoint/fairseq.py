@@ -92,11 +92,11 @@ class FairseqReader:
         arguments = read_arguments(document, model_path.name, faults) if document else None
         settings = read_settings(arguments, model_path.name, faults) if arguments is not None else None
         state = weights_of(document, "model", model_path.name, faults) if document else {}
-        dictionaries = _read_dictionaries(directory, settings, faults) if settings else None
+        dictionaries = _read_dictionaries(directory, settings, state, faults) if settings else None
         sample_lines = read_samples(directory, faults)
         if arguments is None or settings is None or dictionaries is None or not state:
             raise CheckpointError(path, faults)
-        source, target = dictionaries
+        source, target, languages = dictionaries
         if settings.share_all_embeddings and source.ids != target.ids:
             raise CheckpointError(
                 path, [*faults, f"{model_path.name}: share_all_embeddings: the dictionaries of source and target differ"]
@@ -107,13 +107,11 @@ class FairseqReader:
         choice = choose_tokenizer(directory, vocabularies, faults, moses=moses_of(arguments, settings))
         if faults or choice is None:
             raise CheckpointError(path, faults)
-        assert settings.source_lang is not None
-        assert settings.target_lang is not None
         return Checkpoint(
             name=directory.resolve().name if path.is_dir() else model_path.stem,
             config=config,
             tensors=tensors,
-            languages=[LanguagePair(source=settings.source_lang, target=settings.target_lang)],
+            languages=languages,
             tokenizer=choice.spec,
             tokenizer_files=choice.files,
             weights_sha256=file_sha256(model_path),
@@ -186,25 +184,56 @@ def _dictionaries_in(directory: Path) -> dict[str, Path]:
     return {match[1]: path for match, path in found if match}
 
 
-def _read_dictionaries(directory: Path, settings: FairseqConfig, faults: list[str]) -> tuple[_Dictionary, _Dictionary] | None:
-    """Of source and target; None after a fault."""
+def _read_dictionaries(
+    directory: Path, settings: FairseqConfig, state: Mapping[str, Tensor], faults: list[str]
+) -> tuple[_Dictionary, _Dictionary, list[LanguagePair]] | None:
+    """Of source and target, and what these are where that is known; None after a fault."""
     paths = _dictionaries_in(directory)
-    if settings.source_lang is None or settings.target_lang is None:
-        faults.append("source_lang, target_lang: are not stated, so that source and target cannot be told apart")
-        return None
+    is_stated = settings.source_lang is not None and settings.target_lang is not None
+    # Not to be told apart otherwise, as a rule both of one model.
+    languages = [settings.source_lang, settings.target_lang] if is_stated else sorted(paths)
     read: dict[str, _Dictionary] = {}
-    for language in dict.fromkeys((settings.source_lang, settings.target_lang)):
+    for language in dict.fromkeys(languages):
         # A language may be called anything; only what lies in the directory is read.
-        if language not in paths:
+        if language is None or language not in paths:
             faults.append(f"dict.{language}.txt: is missing")
             continue
         try:
             read[language] = _read_dictionary(paths[language])
         except (OSError, ValueError) as error:
             faults.append(f"{paths[language].name}: {error}")
-    if not {settings.source_lang, settings.target_lang} <= read.keys():
+    if not set(languages) <= read.keys():
         return None
-    return read[settings.source_lang], read[settings.target_lang]
+    if is_stated:
+        assert settings.source_lang is not None
+        assert settings.target_lang is not None
+        pair = LanguagePair(source=settings.source_lang, target=settings.target_lang)
+        return read[pair.source], read[pair.target], [pair]
+    return _told_apart(read, state, faults)
+
+
+def _told_apart(
+    read: Mapping[str, _Dictionary], state: Mapping[str, Tensor], faults: list[str]
+) -> tuple[_Dictionary, _Dictionary, list[LanguagePair]] | None:
+    """Which dictionary is whose, where the settings do not say: ``fairseq-train`` looks for it in its data and may not store it.
+
+    Two that are the same are no matter, but for the languages; others are known by the number of their tokens.
+    """
+    sizes = [state[name].shape[:1] for side in ("encoder", "decoder") if (name := f"{side}.embed_tokens.weight") in state]
+    pairs = [
+        (source, target)
+        for source in read
+        for target in read
+        if source != target and sizes == [(read[source].size,), (read[target].size,)]
+    ]
+    if len(read) == 2 and len({tuple(dictionary.ids.items()) for dictionary in read.values()}) == 1:
+        source, target = read.values()
+        return source, target, []
+    if len(pairs) == 1:
+        (pair,) = pairs
+        return read[pair[0]], read[pair[1]], [LanguagePair(source=pair[0], target=pair[1])]
+    faults.append("source_lang, target_lang: are not stated, so that source and target cannot be told apart")
+    return None
 
 
 def _read_dictionary(path: Path) -> _Dictionary:

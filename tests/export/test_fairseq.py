@@ -142,6 +142,32 @@ def test_which_attention_is_the_alignment(directory: Path, stated: dict[str, Any
     assert (config.alignment_layer, config.alignment_heads) == (layer, heads)
 
 
+def test_languages_that_are_not_stated_are_told_by_the_dictionaries(directory: Path) -> None:
+    """``fairseq-train`` finds them in its data, and version 0.12 does not store what it found."""
+    unstated = {name: value for name, value in SETTINGS.items() if name not in ("source_lang", "target_lang")}
+
+    def write_unstated(source_size: int, target_size: int) -> None:
+        arrays = origins.fairseq_arrays(SETTINGS, (source_size, target_size))
+        state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        torch.save({"args": argparse.Namespace(**unstated), "model": state}, directory / "checkpoint_best.pt")
+
+    write_unstated(SIZE, SIZE)
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.languages == []
+    assert_computes(checkpoint, SETTINGS)
+
+    # The source's has a token less.
+    origins.write_fairseq_dictionary(directory / "dict.en.txt", PIECES[:-1])
+    write_unstated(SIZE - 1, SIZE)
+    assert read_checkpoint(directory).languages == [LanguagePair(source="en", target="de")]
+    write_unstated(SIZE, SIZE - 1)
+    assert read_checkpoint(directory).languages == [LanguagePair(source="de", target="en")]
+
+    origins.write_fairseq_dictionary(directory / "dict.en.txt", PIECES[::-1])
+    write_unstated(SIZE, SIZE)
+    assert faults_of(directory) == ("source_lang, target_lang: are not stated, so that source and target cannot be told apart",)
+
+
 def test_what_is_not_stated_has_its_default(directory: Path) -> None:
     defaults = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_source_positions": 1024}
     settings = {**SETTINGS, **defaults}
@@ -362,7 +388,6 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
             {"encoder_normalize_before": True, "decoder_normalize_before": True, "no_decoder_final_norm": True},
             "no_decoder_final_norm: True is not supported",
         ),
-        ({"source_lang": None}, "source_lang, target_lang: are not stated"),
         ({"source_lang": "../en"}, "dict.../en.txt: is missing"),
         ({"target_lang": "fr"}, "dict.fr.txt: is missing"),
     ],

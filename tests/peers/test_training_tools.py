@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -122,6 +123,9 @@ def opennmt(options: list[str], work: Path, directory: Path) -> Answers:
         ),
         *(*sizes.split(), *updates.split(), *options),
     )
+    # Its decoder does not find what its trainer wrote: it looks for files with a part's number.
+    for path in directory.glob("*.safetensors"):
+        shutil.copy(path, path.with_suffix(".00.safetensors"))
     answers = {}
     for beam_size in (1, BEAM_SIZE):
         printed = run(
