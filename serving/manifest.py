@@ -57,7 +57,7 @@ class SpecialIds(_Record):
     """Token ids with a meaning of their own."""
 
     pad: TokenId
-    # Ends every source and every target.
+    # Ends targets, unless ``DefaultOptions.end_ids`` do, and sources, unless ``source_ends_with_eos`` is false.
     eos: TokenId
     # Starts every target; never part of an answer.
     decoder_start: TokenId
@@ -386,8 +386,8 @@ def _default_faults(manifest: ManifestDraft) -> Iterator[str]:
     yield from (f"defaults.end_ids: {i} is never decoded" for i in defaults.end_ids if i in never)
     if defaults.passed_over_id is not None and defaults.passed_over_id >= size:
         yield f"defaults.passed_over_id: {defaults.passed_over_id} is outside a vocabulary of {size}"
-    if defaults.passed_over_id == manifest.ids.eos:
-        yield f"defaults.passed_over_id: {defaults.passed_over_id} is the end-of-sentence token"
+    if defaults.passed_over_id in (defaults.end_ids or [manifest.ids.eos]):
+        yield f"defaults.passed_over_id: {defaults.passed_over_id} is a token that ends targets"
 
 
 def name_fault(name: str) -> str | None:

@@ -152,6 +152,7 @@ def _expansion(options: DecodingOptions) -> DecodingOptions:
         options,
         beam_size=options.num_hypotheses,
         length_penalty=0.0,
+        word_penalty=0.0,
         coverage_penalty=0.0,
         min_target_tokens=max(options.min_target_tokens, length),
         max_target_tokens=length,

@@ -6,7 +6,7 @@ Knows text, options, limits and the tokenizer; does not know the engine, threads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -165,11 +165,13 @@ class TextPreparer:
         defaults = self.defaults
         # A caller who wants it short means it.
         longest = default(options.max_target_tokens, self.limits.max_target_tokens)
+        # One who says when beams stop does not want the model's other way of it.
+        shrinking_beam = defaults.shrinking_beam and not options.early_stopping
         return replace(
             options,
             length_penalty=default(options.length_penalty, defaults.length_penalty),
             early_stopping=default(options.early_stopping, defaults.early_stopping),
-            shrinking_beam=default(options.shrinking_beam, defaults.shrinking_beam),
+            shrinking_beam=default(options.shrinking_beam, shrinking_beam),
             repetition_penalty=default(options.repetition_penalty, defaults.repetition_penalty),
             no_repeat_ngram_size=default(options.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
             min_target_tokens=default(options.min_target_tokens, min(defaults.min_target_tokens, longest)),
@@ -207,7 +209,11 @@ class TextPreparer:
         if not text or text.isspace():
             return ()
         longest = self.limits.max_source_tokens
-        if len(text) > longest * MAX_CHARACTERS_PER_TOKEN:
+        longest_text = longest * MAX_CHARACTERS_PER_TOKEN
+        if max_tokens is not None:
+            # Its first tokens are far within these characters.
+            text = text[:longest_text]
+        if len(text) > longest_text:
             reason = f"has {len(text)} characters; at most {longest} tokens can be translated at once"
             raise InvalidRequestError(field_name, reason)
         ids = tokenized(self.tokenizer.encode, text, field_name)
@@ -225,7 +231,7 @@ class TextPreparer:
         """How many tokens of its own a source may have that is cut to so many in all; None: it is not cut.
 
         Raises:
-            InvalidRequestError: none.
+            InvalidRequestError: naming the option: there is no place for text.
         """
         if max_tokens is None:
             return None
@@ -238,10 +244,14 @@ class TextPreparer:
         """What checked options suppress and end at, as tokens; see ``target_tokens.target_tokens``."""
         return target_tokens(options, self.tokenizer, self.end_ids)
 
+    def _newly_suppressed(self, tokens: TargetTokens) -> Iterator[tuple[int, ...]]:
+        """What a request suppresses, but for a token that the model passes over already: that keeps its share."""
+        return (sequence for sequence in tokens.suppressed if sequence != (self.defaults.passed_over_id,))
+
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a target where no request says otherwise."""
-        return tuple(self.defaults.end_ids) or (self.eos_id,)
+        """The tokens that end a target where no request says otherwise, each once."""
+        return tuple(dict.fromkeys(self.defaults.end_ids)) or (self.eos_id,)
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
@@ -328,7 +338,7 @@ class TextPreparer:
         is_forced = options.prefix_bias is None or not prefix
         wished = (*direction.before_target, *prefix)
         sampling = options.sampling
-        may_be_unknown = options.suppress_unknown is False or bool(options.replace_unknowns)
+        may_be_unknown = not options.suppress_unknown and (options.suppress_unknown is False or bool(options.replace_unknowns))
         return DecodingOptions(
             beam_size=default(options.beam_size, 1),
             num_hypotheses=default(options.num_hypotheses, 1),
@@ -348,10 +358,10 @@ class TextPreparer:
             target_prefix=wished if is_forced else direction.before_target,
             hidden_prefix_tokens=hidden,
             prefix_bias=None if is_forced else PrefixBias(tokens=wished, strength=default(options.prefix_bias, 0.0)),
-            suppressed=(*map(tuple, defaults.suppressed), *tokens.suppressed),
+            suppressed=(*map(tuple, defaults.suppressed), *self._newly_suppressed(tokens)),
             suppressed_first=tuple(defaults.suppressed_first),
             passed_over_id=None if may_be_unknown else defaults.passed_over_id,
-            end_ids=tokens.end_ids or tuple(defaults.end_ids),
+            end_ids=tokens.end_ids or (self.end_ids if defaults.end_ids else ()),
             return_end_token=default(options.return_end_token, False),
             return_attention=options.needs_attention,
             coverage_penalty=default(options.coverage_penalty, 0.0),

@@ -108,6 +108,8 @@ class ModelInfo:
     max_target_tokens: int
     max_beam_size: int
     max_request_s: float
+    # What ends a translation, as a request's ``end_tokens`` name it.
+    end_tokens: tuple[str, ...]
 
 
 def translation_of(text: pb.TranslatedText) -> RemoteTranslation:
@@ -170,4 +172,5 @@ def model_info_of(info: pb.GetModelInfoResponse) -> ModelInfo:
         max_target_tokens=info.limits.max_target_tokens,
         max_beam_size=info.limits.max_beam_size,
         max_request_s=info.limits.max_request_seconds,
+        end_tokens=tuple(info.default_options.end_tokens),
     )

@@ -59,7 +59,7 @@ class DecodingOptions:
     beam_size: int = 1
     # Hypotheses returned, best first; at most beam_size of one sequence (see ``serving.plan`` for more).
     num_hypotheses: int = 1
-    # score = log-probability / length^length_penalty, length counting the end-of-sentence token.
+    # score = (log-probability - word_penalty * length) / length^length_penalty, length counting the end-of-sentence token.
     length_penalty: float = 1.0
     # Taken from the log-probability for each token, the end-of-sentence token included, before it is divided.
     word_penalty: float = 0.0
@@ -152,8 +152,8 @@ class Hypothesis:
     finish_reason: FinishReason
     # Tokens decoded, the end-of-sentence token included.
     target_tokens: int
-    # The log-probability of each decoded token, the end-of-sentence token included; 0 of a prefix that was forced. Their sum is
-    # what the score divides by the length. None: nobody asked.
+    # The log-probability of each decoded token, the end-of-sentence token included; 0 of a prefix that was forced. Their
+    # sum, less ``word_penalty`` for each, is what the score divides by the length. None: nobody asked.
     token_scores: tuple[float, ...] | None = None
     # [target_ids, source_ids]: what share of the attention each source token had, in the layer and the heads that the model
     # tells it of. None: nobody asked.

@@ -43,7 +43,7 @@ class RequestOptions:
     beam_size: int | None = None
     # Hypotheses returned for each text: those of one search, draws where it samples, or alternatives; default 1.
     num_hypotheses: int | None = None
-    # score = log-probability / length^length_penalty; default 1.
+    # score = log-probability / length^length_penalty, the log-probability less the model's own penalty of each token; default 1.
     length_penalty: float | None = None
     # The end-of-sentence token is not taken before so many tokens; default 0.
     min_target_tokens: int | None = None

@@ -17,6 +17,9 @@ from serving.preparation import UNTOLD, Direction, TextPreparer
 from serving.request import DecodingOptions, Outcome, SequenceTimings
 from serving.target_tokens import named_id, prefix_ids
 
+# Of all targets of a request together: in an answer that is to be below the 4 MiB that gRPC's clients take by default.
+_MOST_SCORED = 2**17
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTarget:
@@ -44,6 +47,16 @@ def check_targets(num_texts: int, targets: Collection[str], target_tokens: Colle
     name, count = ("target_tokens", len(target_tokens)) if target_tokens else ("targets", len(targets))
     if count != num_texts:
         raise InvalidRequestError(name, f"must be as many as texts, {num_texts}, not {count}")
+
+
+def check_size(num_tokens: int, field_name: str) -> None:
+    """Refuse targets of so many tokens in all, their ends included.
+
+    Raises:
+        InvalidRequestError: naming ``field_name``: the answer could become too large.
+    """
+    if num_tokens > _MOST_SCORED:
+        raise InvalidRequestError(field_name, f"have over {_MOST_SCORED} tokens together; that many can be scored in a request")
 
 
 def scoring_options(target_ids: tuple[int, ...], direction: Direction = UNTOLD) -> DecodingOptions:

@@ -25,7 +25,7 @@ class TargetTokens:
     """What the options of a request come to in tokens, the same for each of its texts."""
 
     suppressed: tuple[tuple[int, ...], ...] = ()
-    # None: those of the model.
+    # Empty: those of the model.
     end_ids: tuple[int, ...] = ()
 
 
@@ -76,7 +76,8 @@ def _end_ids(tokens: Iterable[str], tokenizer: Tokenizer, model_end_ids: tuple[i
         if own:
             reason += f", nor the model's own end, {' or '.join(map(repr, own))}"
         raise InvalidRequestError("options.end_tokens", reason)
-    return tuple(found for found in ids if found is not None)
+    # Each once: a search counts them.
+    return tuple(dict.fromkeys(found for found in ids if found is not None))
 
 
 def _named_ids(tokens: Iterable[str], field_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:

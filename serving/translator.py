@@ -18,7 +18,7 @@ from serving.mailbox import Mailbox
 from serving.preparation import TextPreparer, Translation
 from serving.request import DecodingOptions, Outcome, Sequence
 from serving.request_options import RequestOptions, check_bias, check_prefixes, check_streamed
-from serving.scoring import ScoredTarget, TargetScorer, check_targets, scoring_options
+from serving.scoring import ScoredTarget, TargetScorer, check_size, check_targets, scoring_options
 from serving.tokenizers import StreamingDetokenizer
 
 # Text is tokenized and detokenized on the event loop, a slice at a time: other requests get their turn between slices.
@@ -190,9 +190,12 @@ class Translator:
         turn = _Turn(self._clock)
         # Of each text, the ids of its source and of its target.
         pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        num_tokens = 0
         for index, (text, target) in enumerate(zip(command.texts, command.target_tokens or command.targets, strict=True)):
             source_ids = preparer.source_ids(text, f"texts[{index}]", direction)
             pairs.append((source_ids, scorer.target_ids(target, f"{name}[{index}]", len(source_ids))))
+            num_tokens += len(pairs[-1][1])
+            check_size(num_tokens, name)
             await turn.over()
         self._check_time(command.deadline_s)
 

@@ -243,7 +243,8 @@ class BeamSearch(LaneSearch):
             if options.early_stopping:
                 del kept[options.num_hypotheses :]
                 num_ended = int(self._num_ended[slot])
-                if options.length_penalty == 0 and options.coverage_penalty == 0 and not options.rules_of_generate:
+                no_penalty_rewards_length = options.length_penalty == options.coverage_penalty == 0 <= options.word_penalty
+                if no_penalty_rewards_length and not options.rules_of_generate:
                     # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
                     self._best_has_ended[slot] |= rank == 0
                     is_enough = self._best_has_ended[slot] and num_ended >= options.num_hypotheses

@@ -147,6 +147,17 @@ def test_the_coverage_penalty_has_no_part_in_how_probable_an_alternative_is() ->
         assert hypothesis.token_scores[1] == pytest.approx(_MODEL.log_probs((4,))[hypothesis.target_ids[1]], abs=1e-6)
 
 
+def test_a_penalty_of_each_token_has_no_part_in_how_probable_an_alternative_is_and_is_taken_once() -> None:
+    options = DecodingOptions(
+        num_hypotheses=3, max_target_tokens=6, return_token_scores=True, target_prefix=(4,), word_penalty=0.5
+    )
+    for hypothesis in _run(make_plan(options, Alternatives())).hypotheses:
+        assert hypothesis.token_scores is not None
+        assert hypothesis.token_scores[1] == pytest.approx(_MODEL.log_probs((4,))[hypothesis.target_ids[1]], abs=1e-6)
+        length = hypothesis.target_tokens
+        assert hypothesis.score == pytest.approx((sum(hypothesis.token_scores) - 0.5 * length) / length, abs=1e-6)
+
+
 @pytest.mark.parametrize("prefix", [(), (4,), (4, 5)], ids=str)
 def test_alternatives_of_a_model_that_ends_what_is_cut_are_tokens_all_the_same(prefix: tuple[int, ...]) -> None:
     options = DecodingOptions(num_hypotheses=3, max_target_tokens=3, ends_when_cut=True, target_prefix=prefix)

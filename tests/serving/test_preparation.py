@@ -173,6 +173,20 @@ def test_a_request_may_have_unknown_tokens(asked: RequestOptions, passed_over_id
     assert with_defaults(MARIAN).decoding_options(asked, 5).passed_over_id == passed_over_id
 
 
+@pytest.mark.parametrize("asked", [{"suppress_unknown": True}, {"suppress_unknown": True, "replace_unknowns": True}], ids=str)
+def test_a_token_that_is_passed_over_keeps_its_share_where_a_request_suppresses_it(asked: dict[str, bool]) -> None:
+    tokens = TargetTokens(suppressed=((1,), (1, 5)))
+    options = with_defaults(MARIAN).decoding_options(RequestOptions(**asked), 5, tokens=tokens)  # type: ignore[arg-type]  # flags
+    assert (options.passed_over_id, options.suppressed) == (1, ((1, 5),))
+
+
+def test_one_who_says_when_beams_stop_does_not_get_the_models_own_way_of_it() -> None:
+    preparer = with_defaults(MARIAN)
+    assert not preparer.decoding_options(RequestOptions(beam_size=4, early_stopping=True), 5).shrinking_beam
+    both = RequestOptions(beam_size=4, early_stopping=True, shrinking_beam=True)
+    assert preparer.decoding_options(both, 5).shrinking_beam
+
+
 def test_a_request_has_its_own_way() -> None:
     asked = {
         "length_penalty": 0.5,
@@ -219,6 +233,11 @@ def test_what_the_model_adds_to_a_source_is_not_cut(preparer: TextPreparer, sour
     direction = preparer.direction("en", "fr")
     assert preparer.source_ids("abcdefg", "texts[0]", direction, max_tokens=5) == source
     assert preparer.source_ids(" ", "texts[0]", direction, max_tokens=5) == ()
+
+
+def test_a_text_of_any_length_is_cut_where_that_is_asked_for() -> None:
+    ids = fake_preparer().source_ids("ab" * 500_000, "texts[0]", Direction(), max_tokens=3)
+    assert ids == (*ByteTokenizer().encode("ab"), EOS_ID)
 
 
 def test_a_language_after_the_end_of_a_source_is_not_cut() -> None:
@@ -378,6 +397,12 @@ def test_a_models_own_ends_hold_unless_a_request_names_others() -> None:
     assert several.decoding_options(asked, 4, tokens=several.target_tokens(asked)).end_ids == tuple(ByteTokenizer().encode("."))
     named = several.target_tokens(RequestOptions(end_tokens=several.end_tokens))
     assert named.end_ids == (EOS_ID, 20)
+
+
+def test_an_end_counts_once_however_often_it_is_named() -> None:
+    preparer = replace(fake_preparer(), defaults=DefaultOptions(end_ids=[20, EOS_ID, 20]))
+    assert preparer.decoding_options(RequestOptions(), 4).end_ids == (20, EOS_ID)
+    assert preparer.target_tokens(RequestOptions(end_tokens=(".", "a", "."))).end_ids == tuple(ByteTokenizer().encode(".a"))
 
 
 @pytest.mark.parametrize(

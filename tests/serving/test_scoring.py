@@ -218,6 +218,15 @@ async def test_what_is_out_of_bounds_is_refused_by_its_name(
     assert engine.submitted == []
 
 
+async def test_an_answer_that_could_become_too_large_is_refused(engine: ScriptedEngine) -> None:
+    limits = fake_limits(max_texts_per_request=20_000)
+    translator = Translator(fake_preparer(limits), engine, asyncio.get_running_loop())
+    with pytest.raises(InvalidRequestError, match=r"over 131072 tokens together") as raised:
+        await translator.score(command(*[("a", "b" * 62)] * 2081))
+    assert raised.value.field == "targets"
+    assert engine.submitted == []
+
+
 @pytest.mark.parametrize(
     "refusal", [OverloadedError("queue_full", 0.5), ShuttingDownError("the server is shutting down")], ids=["full", "draining"]
 )

@@ -116,5 +116,17 @@ def test_a_token_that_is_passed_over_keeps_its_share(seed: int, width: int, min_
     reference = greedy_search if width == 1 else beam_search
     check_same(decode(Job(name=0, model=model, options=options), 8), reference(model, options))
     # Beside rules, which look at all logits.
-    ruled = decode(Job(name=0, model=model, options=replace(options, suppressed=((5, 6),))), 8)
-    assert all(OTHER not in one.target_ids for one in ruled)
+    too_long = tuple(range(3, 8)) * 2
+    ruled = decode(Job(name=0, model=model, options=replace(options, suppressed=(too_long,))), 8)
+    check_same(ruled, reference(model, options))
+
+
+@pytest.mark.parametrize("seed", range(40), ids="seed{}".format)
+def test_a_reward_of_each_token_lets_no_search_stop_at_the_first_end(seed: int) -> None:
+    model = ToyModel(seed, 12, eos_bias=1.0)
+    options = DecodingOptions(
+        beam_size=3, num_hypotheses=1, length_penalty=0.0, word_penalty=-2.0, early_stopping=True, max_target_tokens=10
+    )
+    # The rules of generate know no such end of a search, and change nothing else here.
+    patient = replace(options, rules_of_generate=True)
+    assert decode(Job(name=0, model=model, options=options), 12) == decode(Job(name=0, model=model, options=patient), 12)
