@@ -22,7 +22,7 @@ from serving.errors import (
 from serving.metrics import ServiceMetrics
 from serving.model import ServedModel
 from serving.request import Alternatives, Outcome, PrefixBias
-from tests.fakes import PATIENCE_S, UNKNOWN_ID, ByteTokenizer, ScriptedEngine, fake_model, hold
+from tests.fakes import EOS_ID, PATIENCE_S, UNKNOWN_ID, ByteTokenizer, ScriptedEngine, fake_model, hold
 from tests.servers import LOCAL, Running, running_server
 
 
@@ -203,6 +203,7 @@ def test_model_info(client: TranslationClient) -> None:
     assert (info.name, info.version, info.precision, info.device) == ("shout", "0123abcd", "fp32", "cpu")
     assert info.languages == (("en", "de"), ("en", "fr"), ("de", "en"))
     assert (info.max_texts_per_request, info.max_source_tokens, info.max_beam_size, info.max_request_s) == (4, 32, 5, 60.0)
+    assert info.end_tokens == (f"<{EOS_ID}>",)
 
 
 # Errors.
