@@ -35,7 +35,8 @@ SOURCE_TOKENS, TARGET_TOKENS = 33, 32
 # Of natural text.
 _MAX_TARGET_TOKENS = 128
 # Sources that come one at a time: of natural text, whose lengths differ, and of one length.
-_SINGLE_CAPTIONS_FULL, _SINGLE_CAPTIONS_QUICK, _SINGLE_OF_ONE_LENGTH = 100, 30, 16
+_SINGLE_CAPTIONS_FULL, _SINGLE_CAPTIONS_QUICK = 100, 30
+_SINGLE_OF_ONE_LENGTH_FULL, _SINGLE_OF_ONE_LENGTH_QUICK = 16, 6
 # Hugging Face needs long for each, and one is like any other.
 _SINGLE_OF_HUGGING_FACE = 4
 _FIRST_ORDINARY_ID = 8
@@ -128,7 +129,8 @@ def shapes(model: BenchModel, precision: Precision, setting: Setting) -> list[Sh
     if setting.mode == "quick" and model.is_trained:
         batches, beam_sizes = ((32,) if precision != "fp32" else ()), (1,)
     elif setting.mode == "quick":
-        batches, beam_sizes = (1, 32), ((1,) if precision == "fp32" else (1, 4))
+        # Everything in fp32 takes several times as long.
+        batches, beam_sizes = ((32,), (1,)) if precision == "fp32" else ((1, 32), (1, 4))
     return [Shape(batch, beam_size) for batch in setting.batches or batches for beam_size in setting.beam_sizes or beam_sizes]
 
 
@@ -212,7 +214,9 @@ def sources_for(peer: str, shape: Shape, text: Text, cores: int, *, full: bool) 
             return len(text.sources)
         return _SINGLE_CAPTIONS_FULL if full else _SINGLE_CAPTIONS_QUICK
     if shape.one_at_a_time:
-        return _SINGLE_OF_HUGGING_FACE if peer == peers.HUGGING_FACE else _SINGLE_OF_ONE_LENGTH
+        if peer == peers.HUGGING_FACE:
+            return _SINGLE_OF_HUGGING_FACE
+        return _SINGLE_OF_ONE_LENGTH_FULL if full else _SINGLE_OF_ONE_LENGTH_QUICK
     if peer == peers.HUGGING_FACE:
         # It has one batch at a time.
         return shape.batch

@@ -14,7 +14,7 @@ from benchmarks.experiment import Setting
 from benchmarks.models import BUNDLED, ROOT, TRAINED, BenchModel, all_models
 from benchmarks.peers.base import PeerSpec, Split
 from benchmarks.process import PeerUnavailableError, one_line
-from benchmarks.results import Section
+from benchmarks.results import Mode, Section
 from benchmarks.sentences import read_captions
 from benchmarks.served.point import Bench, Corpus, Times
 from benchmarks.served.servers import (
@@ -36,7 +36,7 @@ METHOD = (
     "take turns at every load, and who goes first alternates."
 )
 
-BEAM_SIZES = (1, 4)
+BEAM_SIZES: dict[Mode, tuple[int, ...]] = {"quick": (1,), "full": (1, 4)}
 SAMPLES = ROOT / "examples" / "multi30k" / "samples.txt"
 
 # Sources that a worker decodes together, at most; rows are so many times the beam.
@@ -64,7 +64,7 @@ def run(setting: Setting) -> Section:
         except PeerUnavailableError as error:
             unavailable[MosecServer.name] = str(error)
     bundle = model.bundle("int8")
-    for beam_size in setting.beam_sizes or BEAM_SIZES:
+    for beam_size in setting.beam_sizes or BEAM_SIZES[setting.mode]:
         sweep.run(beam_size, contenders(bundle, peer, setting.cores, beam_size))
     try:
         sweep.notes += on_our_own(bundle, corpus, setting)

@@ -27,6 +27,7 @@ FORCED = replace(NATURAL, target_tokens=32)
     ("model", "precision", "options", "expected"),
     [
         pytest.param(MODEL, "int8", {}, [(1, 1), (1, 4), (32, 1), (32, 4)], id="quick"),
+        pytest.param(MODEL, "fp32", {}, [(32, 1)], id="quick, fp32"),
         pytest.param(TRAINED, "fp32", {}, [], id="quick, a trained model in fp32"),
         pytest.param(MODEL, "fp32", {"mode": "full"}, [*itertools.product((1, 8, 32, 128), (1, 4))], id="full"),
         pytest.param(TRAINED, "fp32", {"batches": (8,), "beam_sizes": (2, 4)}, [(8, 2), (8, 4)], id="what is asked for"),
@@ -49,6 +50,7 @@ def test_cells_are_the_modes_or_those_asked_for(
         pytest.param(peers.CTRANSLATE2, 32, NATURAL, True, 1000, id="all captions"),
         pytest.param(peers.HUGGING_FACE, 32, NATURAL, True, 1000, id="all captions for everyone"),
         pytest.param(peers.ONNXLATE, 1, FORCED, True, 16, id="one length, one at a time"),
+        pytest.param(peers.ONNXLATE, 1, FORCED, False, 6, id="fewer of them, too"),
         pytest.param(peers.ONNXLATE, 8, FORCED, True, 64, id="one length, four batches for each of two CPUs"),
         pytest.param(peers.ONNXLATE, 8, FORCED, False, 16, id="one batch for each"),
         pytest.param(peers.HUGGING_FACE, 8, FORCED, True, 8, id="one length, one batch at a time"),
