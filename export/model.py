@@ -10,7 +10,7 @@ what is added to the scores: the positions' biases, and minus infinity for what 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +26,12 @@ Positions = Literal["sinusoidal", "sinusoidal_concatenated", "learned", "relativ
 Norm = Literal["layer", "rms"]
 NormPlacement = Literal["post", "pre"]
 
+# Numbers that a checkpoint states. Far beyond any model there is; more would only be work or memory for one that cannot be.
+Size = Annotated[int, Field(gt=0, le=2**24)]
+Length = Annotated[int, Field(gt=0, le=2**16)]
+Depth = Annotated[int, Field(gt=0, le=2**10)]
+Heads = Annotated[int, Field(gt=0, le=2**10)]
+
 # Of gelu_sigmoid: x * sigmoid(1.702 x).
 GELU_SIGMOID_RATE = 1.702
 
@@ -35,16 +41,16 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source_vocab_size: int = Field(gt=0)
-    target_vocab_size: int = Field(gt=0)
-    d_model: int = Field(default=512, gt=0)
-    num_heads: int = Field(default=8, gt=0)
+    source_vocab_size: Size
+    target_vocab_size: Size
+    d_model: Size = 512
+    num_heads: Heads = 8
     # Width of one head, where it is not d_model / num_heads.
-    d_head: int | None = Field(default=None, gt=0)
-    num_encoder_layers: int = Field(default=6, gt=0)
-    num_decoder_layers: int = Field(default=6, gt=0)
-    encoder_d_ff: int = Field(default=2048, gt=0)
-    decoder_d_ff: int = Field(default=2048, gt=0)
+    d_head: Size | None = None
+    num_encoder_layers: Depth = 6
+    num_decoder_layers: Depth = 6
+    encoder_d_ff: Size = 2048
+    decoder_d_ff: Size = 2048
     # Training only; exported graphs have none. On sub-layer outputs and embeddings (5.4); on attention weights; inside the FFN.
     dropout: float = Field(default=0.1, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -62,12 +68,12 @@ class ModelConfig(BaseModel):
     # "relative" adds nothing to embeddings, and a bias to the scores of self-attention, by how far a key is from its query.
     positions: Positions = "sinusoidal"
     # Of relative positions: biases of a head, and the distance from which on all keys have the same.
-    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
-    relative_distance: int = Field(default=128, gt=0)
+    relative_buckets: int = Field(default=32, ge=4, le=2**16, multiple_of=4)
+    relative_distance: Length = 128
     # Whether each layer has biases of its own (umT5), or a stack's layers share them (T5).
     relative_per_layer: bool = False
     # Longest source or target, in tokens: the table's size for learned positions, the stated limit for the others.
-    max_positions: int = Field(default=512, gt=0)
+    max_positions: Length = 512
     # Biases of the attention and feed-forward projections and of the norms.
     bias: bool = True
     # A bias on the logits (Marian's final_logits_bias).
@@ -80,7 +86,7 @@ class ModelConfig(BaseModel):
     tie_output: bool = True
     # A LayerNorm right after embedding plus position (BART).
     embedding_norm: bool = False
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    layer_norm_eps: float = Field(default=1e-5, gt=0, lt=1)
     # Which cross-attention tells what source tokens a target token comes from: that of this decoder layer, counted from 0 (None:
     # the last), the mean of so many heads, the first ones (None: of all). As in CTranslate2's models; it changes no translation.
     alignment_layer: int | None = Field(default=None, ge=0)

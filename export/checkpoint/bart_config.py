@@ -10,12 +10,8 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from export.checkpoint.hugging_face import ACTIVATIONS, first_of
-from export.model import ModelConfig, NormPlacement
+from export.model import Depth, Heads, Length, ModelConfig, NormPlacement, Size
 
-# Far beyond any model there is; more would only be work or memory for one that cannot be.
-Size = Annotated[int, Field(gt=0, le=2**24)]
-Depth = Annotated[int, Field(gt=0, le=2**10)]
-Length = Annotated[int, Field(gt=0, le=2**16)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -28,10 +24,10 @@ class BartFields(BaseModel):
     max_position_embeddings: Length = 1024
     encoder_layers: Depth = 12
     encoder_ffn_dim: Size = 4096
-    encoder_attention_heads: Size = 16
+    encoder_attention_heads: Heads = 16
     decoder_layers: Depth = 12
     decoder_ffn_dim: Size = 4096
-    decoder_attention_heads: Size = 16
+    decoder_attention_heads: Heads = 16
     activation_function: str = "gelu"
     d_model: Annotated[int, Field(ge=4, le=2**24)] = 1024
     scale_embedding: bool = False

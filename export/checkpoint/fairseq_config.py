@@ -15,7 +15,7 @@ from export.checkpoint.archives import settings_of
 from export.checkpoint.base import alignment
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.stand_ins import OMEGACONF_CLASSES
-from export.model import Activation, ModelConfig
+from export.model import Activation, Depth, Heads, Length, ModelConfig, Size
 from serving.manifest import MosesSpec, field_faults
 
 PAD_ID, EOS_ID = 1, 2
@@ -64,10 +64,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "use_factorized_embedding": _OFF,
 }
 
-_Size = Annotated[int, Field(gt=0, le=2**24)]
-_Depth = Annotated[int, Field(gt=0, le=2**10)]
-_Length = Annotated[int, Field(gt=0, le=2**16)]
-
 
 def _set(default: Any) -> BeforeValidator:
     """A setting that is there without a value has its default."""
@@ -82,28 +78,28 @@ class FairseqConfig(BaseModel):
     arch: str = "transformer"
     source_lang: Annotated[str, Field(min_length=1)] | None = None
     target_lang: Annotated[str, Field(min_length=1)] | None = None
-    encoder_embed_dim: Annotated[_Size, _set(512)] = 512
-    encoder_ffn_embed_dim: Annotated[_Size, _set(2048)] = 2048
-    encoder_layers: Annotated[_Depth, _set(6)] = 6
-    encoder_attention_heads: Annotated[_Size, _set(8)] = 8
+    encoder_embed_dim: Annotated[Size, _set(512)] = 512
+    encoder_ffn_embed_dim: Annotated[Size, _set(2048)] = 2048
+    encoder_layers: Annotated[Depth, _set(6)] = 6
+    encoder_attention_heads: Annotated[Heads, _set(8)] = 8
     encoder_normalize_before: Annotated[bool, _set(False)] = False
     encoder_learned_pos: Annotated[bool, _set(False)] = False
-    decoder_embed_dim: _Size | None = None
-    decoder_ffn_embed_dim: _Size | None = None
-    decoder_layers: Annotated[_Depth, _set(6)] = 6
-    decoder_attention_heads: Annotated[_Size, _set(8)] = 8
+    decoder_embed_dim: Size | None = None
+    decoder_ffn_embed_dim: Size | None = None
+    decoder_layers: Annotated[Depth, _set(6)] = 6
+    decoder_attention_heads: Annotated[Heads, _set(8)] = 8
     decoder_normalize_before: Annotated[bool, _set(False)] = False
     decoder_learned_pos: Annotated[bool, _set(False)] = False
-    decoder_input_dim: _Size | None = None
-    decoder_output_dim: _Size | None = None
+    decoder_input_dim: Size | None = None
+    decoder_output_dim: Size | None = None
     no_decoder_final_norm: Annotated[bool, _set(False)] = False
     activation_fn: Annotated[str, _set("relu")] = "relu"
     share_all_embeddings: Annotated[bool, _set(False)] = False
     share_decoder_input_output_embed: Annotated[bool, _set(False)] = False
     no_scale_embedding: Annotated[bool, _set(False)] = False
     layernorm_embedding: Annotated[bool, _set(False)] = False
-    max_source_positions: Annotated[_Length, _set(1024)] = 1024
-    max_target_positions: Annotated[_Length, _set(1024)] = 1024
+    max_source_positions: Annotated[Length, _set(1024)] = 1024
+    max_target_positions: Annotated[Length, _set(1024)] = 1024
     # Of models that were trained with alignments; for others CTranslate2 takes the mean of the last layer's heads.
     alignment_layer: Annotated[int, _set(-1)] = -1
     alignment_heads: Annotated[int, _set(0)] = 0

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from export.checkpoint.bart import Family, check_class
-from export.checkpoint.bart_config import BartFields, Size
+from export.checkpoint.bart_config import BartFields
 from export.checkpoint.bart_tokenizers import (
     SENTENCEPIECE_NAME,
     TokenizerParts,
@@ -37,7 +37,7 @@ from export.checkpoint.hugging_face import (
     setting_faults,
     special_tokens,
 )
-from export.model import ModelConfig
+from export.model import ModelConfig, Size
 
 VOCABULARY_NAME = "vocab.json"
 

@@ -38,7 +38,7 @@ from export.checkpoint.hugging_face import (
     setting_faults,
     token_text,
 )
-from export.model import ModelConfig
+from export.model import Depth, Heads, Length, ModelConfig, Size
 from serving.errors import CheckpointError
 from serving.manifest import DefaultOptions, LanguagePair, LanguageTokens, MarianTokenizerSpec, field_faults
 from serving.tokenizers.marian import MarianTokenizer
@@ -77,10 +77,6 @@ _ATTENTIONS = {
     "decoder": {"self_attn": "self_attention", "encoder_attn": "cross_attention"},
 }
 
-# Far beyond any model there is; more would only be work or memory for one that cannot be.
-_Size = Annotated[int, Field(gt=0, le=2**24)]
-_Depth = Annotated[int, Field(gt=0, le=2**10)]
-_Length = Annotated[int, Field(gt=0, le=2**16)]
 _TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -90,17 +86,17 @@ class _MarianConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     model_type: Literal["marian"]
-    vocab_size: _Size = 58101
-    decoder_vocab_size: _Size | None = None
-    max_position_embeddings: _Length = 1024
-    encoder_layers: _Depth = 12
-    encoder_ffn_dim: _Size = 4096
-    encoder_attention_heads: _Size = 16
-    decoder_layers: _Depth = 12
-    decoder_ffn_dim: _Size = 4096
-    decoder_attention_heads: _Size = 16
+    vocab_size: Size = 58101
+    decoder_vocab_size: Size | None = None
+    max_position_embeddings: Length = 1024
+    encoder_layers: Depth = 12
+    encoder_ffn_dim: Size = 4096
+    encoder_attention_heads: Heads = 16
+    decoder_layers: Depth = 12
+    decoder_ffn_dim: Size = 4096
+    decoder_attention_heads: Heads = 16
     activation_function: str = "gelu"
-    d_model: _Size = 1024
+    d_model: Size = 1024
     decoder_start_token_id: _TokenId = 58100
     scale_embedding: bool = False
     pad_token_id: _TokenId = 58100

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from export.checkpoint.hugging_face import setting_faults
 from export.checkpoint.plain_yaml import read_yaml
-from export.model import Activation, ModelConfig, NormPlacement
+from export.model import Activation, Depth, Heads, ModelConfig, NormPlacement, Size
 from serving.manifest import field_faults
 
 MODEL_CONFIG_NAME = "special:model.yml"
@@ -51,24 +51,21 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "ulr": _OFF,
 }
 
-_Size = Annotated[int, Field(gt=0, le=2**24)]
-_Depth = Annotated[int, Field(gt=0, le=2**10)]
-
 
 class MarianConfig(BaseModel):
     """The settings that make the architecture, with Marian's defaults; they come as text."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", "-"))
 
-    dim_emb: _Size = 512
-    dim_vocabs: Annotated[list[_Size], Field(min_length=2, max_length=2)]
-    enc_depth: _Depth = 1
-    dec_depth: _Depth = 1
+    dim_emb: Size = 512
+    dim_vocabs: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    enc_depth: Depth = 1
+    dec_depth: Depth = 1
     transformer_decoder_autoreg: str = "self-attention"
     # Of each decoder layer, the one whose tensors it has; none where each has its own.
-    transformer_tied_layers: Annotated[list[_Depth], BeforeValidator(lambda value: value or [])] = []
-    transformer_heads: _Size = 8
-    transformer_dim_ffn: _Size = 2048
+    transformer_tied_layers: Annotated[list[Depth], BeforeValidator(lambda value: value or [])] = []
+    transformer_heads: Heads = 8
+    transformer_dim_ffn: Size = 2048
     # 0: as the encoder's.
     transformer_decoder_dim_ffn: Annotated[int, Field(ge=0, le=2**24)] = 0
     transformer_ffn_activation: str = "swish"
@@ -81,7 +78,7 @@ class MarianConfig(BaseModel):
     tied_embeddings_all: bool = False
     output_omit_bias: bool = False
     # A number from 1 up; that layer's first head is trained with alignments.
-    transformer_guided_alignment_layer: Literal["last"] | _Depth = "last"
+    transformer_guided_alignment_layer: Literal["last"] | Depth = "last"
     # Of Marian, for example "v1.12.42 b7be0e964 2025-05-24 22:34:42 -0700"; older models state none.
     version: str = ""
 

@@ -29,7 +29,7 @@ from export.checkpoint.base import Checkpoint, alignment, read_samples
 from export.checkpoint.hugging_face import rename, setting_faults
 from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
 from export.checkpoint.vocabulary import END_TOKEN, Vocabularies, choose_tokenizer
-from export.model import Activation, ModelConfig, sinusoidal_table
+from export.model import Activation, Depth, Heads, ModelConfig, sinusoidal_table
 from serving.errors import CheckpointError
 from serving.manifest import field_faults
 
@@ -82,18 +82,15 @@ _EMBEDDING = "embeddings.make_embedding.emb_luts.0.weight"
 _POSITIONS = "embeddings.make_embedding.pe.pe"
 _PROJECTIONS = {"linear_query": "query", "linear_keys": "key", "linear_values": "value", "final_linear": "output"}
 
-_Size = Annotated[int, Field(gt=0, le=2**24)]
-_Depth = Annotated[int, Field(gt=0, le=2**10)]
-
 
 class _OpenNmtConfig(BaseModel):
     """The settings that make the architecture, with OpenNMT-py's defaults. Sizes are those of the tensors."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    enc_layers: _Depth
-    dec_layers: _Depth
-    heads: _Size = 8
+    enc_layers: Depth
+    dec_layers: Depth
+    heads: Heads = 8
     pos_ffn_activation_fn: str = "relu"
     share_embeddings: bool = False
     share_decoder_embeddings: bool = False

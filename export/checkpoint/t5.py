@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from export.checkpoint.bart_config import Depth, Length, Size, TokenId
+from export.checkpoint.bart_config import TokenId
 from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.generation import GenerationSettings, read_generation
 from export.checkpoint.hugging_face import (
@@ -37,7 +37,7 @@ from export.checkpoint.hugging_face import (
     setting_faults,
 )
 from export.checkpoint.t5_tokenizers import SENTENCEPIECE_NAME, T5Tokenizer, read_tokenizer
-from export.model import Activation, ModelConfig
+from export.model import Activation, Depth, Heads, Length, ModelConfig, Size
 from serving.errors import CheckpointError
 from serving.manifest import DefaultOptions, LanguageTokens, field_faults
 
@@ -78,7 +78,7 @@ class _T5Config(BaseModel):
     d_ff: Size = 2048
     num_layers: Depth = 6
     num_decoder_layers: Depth | None = None
-    num_heads: Size = 8
+    num_heads: Heads = 8
     relative_attention_num_buckets: Annotated[int, Field(ge=4, le=2**16, multiple_of=4)] = 32
     relative_attention_max_distance: Length = 128
     layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-6
@@ -161,7 +161,7 @@ class _MT5Config(_T5Config):
     vocab_size: Size = 250112
     d_ff: Size = 1024
     num_layers: Depth = 8
-    num_heads: Size = 6
+    num_heads: Heads = 6
     feed_forward_proj: str = "gated-gelu"
 
 

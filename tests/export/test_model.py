@@ -168,6 +168,7 @@ def test_without_biases_there_are_none() -> None:
         ({"eos_id": 64}, "eos_id 64 is outside the target vocabulary"),
         ({"dropout": 1.0}, "dropout"),
         ({"heads": 4}, "Extra inputs are not permitted"),
+        ({"layer_norm_eps": math.inf}, "layer_norm_eps"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(overrides: dict[str, object], message: str) -> None:
@@ -180,3 +181,25 @@ def test_all_faults_of_a_configuration_are_told_at_once() -> None:
     values = tiny_config().model_dump() | {"d_model": 17, "pad_id": 99, "eos_id": 98}
     with pytest.raises(ValidationError, match=r"d_model 17.*pad_id 99.*eos_id 98"):
         ModelConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "most"),
+    [
+        ("source_vocab_size", 2**62, 2**24),
+        ("target_vocab_size", 2**62, 2**24),
+        ("d_model", 10**30, 2**24),
+        ("d_head", 10**30, 2**24),
+        ("num_heads", 2**20, 2**10),
+        ("num_encoder_layers", 10**9, 2**10),
+        ("num_decoder_layers", 10**9, 2**10),
+        ("encoder_d_ff", 2**62, 2**24),
+        ("decoder_d_ff", 2**62, 2**24),
+        ("max_positions", 10**12, 2**16),
+        ("relative_buckets", 2**40, 2**16),
+        ("relative_distance", 10**30, 2**16),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made_of_them(name: str, value: int, most: int) -> None:
+    with pytest.raises(ValidationError, match=rf"{name}\n  Input should be less than or equal to {most} "):
+        ModelConfig.model_validate(tiny_config().model_dump() | {name: value})

@@ -264,6 +264,7 @@ def test_settings_that_contradict_each_other_are_told_at_once(directory: Path) -
         (b'{"format": "torch.nn.Transformer", "format_revision": 2}', "config.json: format_revision: 2 is not supported"),
         (json.dumps(described(names={"decoder_start": 1})).encode(), "config.json: names.decoder_start: Extra inputs"),
         (json.dumps(described(source_prefix=[-1])).encode(), "config.json: source_prefix.0: Input should be"),
+        (json.dumps(described({"d_model": 10**30})).encode(), "config.json: model.d_model: Input should be less than"),
     ],
 )
 def test_a_config_that_is_none(directory: Path, config: bytes, fault: str) -> None:
