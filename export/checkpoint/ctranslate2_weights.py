@@ -69,6 +69,8 @@ _WEIGHT = re.compile(
     r"|decoder/layer_\d+/attention/(layer_norm/(gamma|beta)|linear_[012]/(weight(_scale)?|bias))"
 )
 _NUMBER = re.compile(r"(?<=/layer_)\d+(?=/)")
+# Of a layer's number, in faults.
+_SHOWN_DIGITS = 12
 # Scores in CTranslate2 are float32: a scale that was computed as one.
 _RELATIVE_TOLERANCE = 1e-4
 
@@ -157,8 +159,8 @@ def read_settings(model: ModelBinary, faults: list[str]) -> Settings | None:
             )
     found += _setting_faults(model, d_model, num_heads)
     alignment_layer, alignment_heads = alignment(
-        _decoder_setting(model, "alignment_layer", -1),
-        _decoder_setting(model, "alignment_heads", 1),
+        _decoder_setting(model, "alignment_layer", found, default=-1),
+        _decoder_setting(model, "alignment_heads", found, default=1),
         num_layers=depths["decoder"] or 1,
         num_heads=num_heads or 1,
         faults=found,
@@ -310,33 +312,43 @@ def _shape(model: ModelBinary, name: str, found: list[str]) -> tuple[int, int]:
 
 def _depth(model: ModelBinary, side: str, found: list[str]) -> int:
     """Layers of a side, which are numbered from zero; a fault, and zero, when they are not."""
-    layers = {int(match[2]) for name in model.names if (match := _LAYER.match(name)) and match[1] == side}
-    if layers != set(range(len(layers))):
-        found.append(f"{side}/layer_*: layers {sorted(layers)[:8]} are not numbered one after the other")
+    # As text: a number in a name may be of any length.
+    layers = {match[2] for name in model.names if (match := _LAYER.match(name)) and match[1] == side}
+    if layers != {*map(str, range(len(layers)))}:
+        first = [number[:_SHOWN_DIGITS] for number in sorted(layers, key=lambda number: (len(number), number))[:8]]
+        found.append(f"{side}/layer_*: layers [{', '.join(first)}] are not numbered one after the other")
         return 0
     return len(layers)
 
 
-def _setting(model: ModelBinary, side: str, name: str) -> float | int | None:
-    """A setting of one side, which old files have once for both."""
-    value = model.scalar(f"{side}/{name}")
-    return model.scalar(name) if value is None else value
+def _setting(model: ModelBinary, side: str, name: str, found: list[str]) -> int | None:
+    """A whole number of one side, which old files have once for both; None where none says it, or after a fault."""
+    for stated in (f"{side}/{name}", name):
+        value = model.scalar(stated)
+        if value is not None and not float(value).is_integer():
+            found.append(f"{stated}: {value:.6g} is no whole number")
+            return None
+        if value is not None:
+            return int(value)
+    return None
 
 
-def _decoder_setting(model: ModelBinary, name: str, default: int) -> int:
-    value = _setting(model, "decoder", name)
-    return default if value is None else int(value)
+def _decoder_setting(model: ModelBinary, name: str, found: list[str], *, default: int) -> int:
+    value = _setting(model, "decoder", name, found)
+    return default if value is None else value
 
 
 def _agreed(model: ModelBinary, name: str, found: list[str], *, default: int | None = None) -> int | None:
     """A setting that both sides have to have in common; a fault, and None, when they do not."""
-    values = [default if (value := _setting(model, side, name)) is None else int(value) for side in SIDES]
-    if values[0] != values[1]:
-        found.append(f"encoder/{name}, decoder/{name}: {values[0]} and {values[1]}; different values are not supported")
-        return None
-    if values[0] is None:
-        found.append(f"encoder/{name}: missing")
-    return values[0]
+    faults: list[str] = []
+    values = [default if (value := _setting(model, side, name, faults)) is None else value for side in SIDES]
+    if not faults and values[0] != values[1]:
+        faults.append(f"encoder/{name}, decoder/{name}: {values[0]} and {values[1]}; different values are not supported")
+    if not faults and values[0] is None:
+        faults.append(f"encoder/{name}: missing")
+    # What old files have once for both sides is told once.
+    found += dict.fromkeys(faults)
+    return None if faults else values[0]
 
 
 def _scaled(model: ModelBinary, side: str, d_model: int, found: list[str]) -> bool:

@@ -362,6 +362,13 @@ def test_an_old_file_has_its_settings_itself(tmp_path: Path) -> None:
     assert tokenizer.encode("nothing") == [1]
 
 
+def test_a_setting_of_both_sides_that_is_no_whole_number_is_told_once(tmp_path: Path) -> None:
+    found = variables()
+    del found["encoder/num_heads"], found["decoder/num_heads"]
+    found["num_heads"] = np.array(1.5, np.float32)
+    assert faults_of(write(tmp_path / "m", binary(found))) == ("model.bin: num_heads: 1.5 is no whole number",)
+
+
 def test_a_sentencepiece_model_beside_it(tmp_path: Path) -> None:
     tokens = [*marian_vocabulary(tiny_sentencepiece())][:-1]
     found = variables(len(tokens), len(tokens))
@@ -583,6 +590,31 @@ def setting(name: str, value: Any) -> Callable[[Variables], None]:
             setting("encoder/layer_4294967295/ffn/linear_0/bias", np.zeros(4, np.float32)),
             ["encoder/layer_*: layers [0, 1, 4294967295] are not numbered one after the other"],
             id="absurd layers",
+        ),
+        pytest.param(
+            setting(f"encoder/layer_{'9' * 5000}/ffn/linear_0/bias", np.zeros(4, np.float32)),
+            ["encoder/layer_*: layers [0, 1, 999999999999] are not numbered one after the other"],
+            id="a number of 5000 digits",
+        ),
+        pytest.param(
+            setting("encoder/num_heads", np.array(np.nan, np.float32)),
+            ["encoder/num_heads: nan is no whole number"],
+            id="heads that are no number",
+        ),
+        pytest.param(
+            setting("decoder/pre_norm", np.array(np.inf, np.float32)),
+            ["decoder/pre_norm: inf is no whole number"],
+            id="infinitely many norms",
+        ),
+        pytest.param(
+            setting("encoder/activation", np.array(0.5, np.float16)),
+            ["encoder/activation: 0.5 is no whole number"],
+            id="half an activation",
+        ),
+        pytest.param(
+            setting("decoder/alignment_layer", np.array(-np.inf, np.float32)),
+            ["decoder/alignment_layer: -inf is no whole number"],
+            id="alignment of an infinite layer",
         ),
     ],
 )
