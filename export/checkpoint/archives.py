@@ -76,6 +76,8 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
     if not isinstance(document, dict):
         faults.append(f"{path.name}: holds no dict")
         return {}
+    if not document:
+        faults.append(f"{path.name}: holds nothing")
     return document
 
 
@@ -122,7 +124,7 @@ def weights_of(document: Mapping[str, Any], field: str, file_name: str, faults: 
 
 
 def state_dict(stored: Any, called: str, faults: list[str]) -> dict[str, Tensor]:
-    """The tensors that a file holds, if it holds nothing else; none after a fault, which goes to ``faults``.
+    """The tensors that a file holds, if it holds any and nothing else; none after a fault, which goes to ``faults``.
 
     Args:
         stored: what was read.
@@ -132,6 +134,8 @@ def state_dict(stored: Any, called: str, faults: list[str]) -> dict[str, Tensor]
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         faults.append(f"{called}: is no state dict")
         return {}
+    if not stored:
+        faults.append(f"{called}: holds no tensors")
     odd = [f"{called}: {name}: {fault}" for name, tensor in stored.items() if (fault := tensor_fault(tensor))]
     faults += odd
     return {} if odd else dict(stored)

@@ -34,6 +34,8 @@ _FORMAT: Literal["torch.nn.Transformer"] = "torch.nn.Transformer"
 _SUPPORTED_REVISIONS = (1,)
 _CONVERSION = "store the state dict alone: torch.save(model.state_dict(), FILE)"
 
+_SAFETENSORS = ".safetensors"
+
 _IN_PROJECTIONS = ("query", "key", "value")
 _ATTENTIONS = {
     "encoder": {"self_attn": "self_attention"},
@@ -198,6 +200,8 @@ def _faults(described: _Config) -> list[str]:
     """Settings that contradict each other."""
     names, model = described.names, described.model
     faults = [f"weights: {fault}"] if (fault := name_fault(described.weights)) else []
+    if described.state_dict is not None and described.weights.endswith(_SAFETENSORS):
+        faults.append(f"state_dict: a {_SAFETENSORS} holds tensors alone")
     if names.output is None and not model.tie_output:
         faults.append("names.output: is needed where model.tie_output is false")
     if names.is_one_embedding and not model.share_embeddings:
@@ -227,13 +231,14 @@ def _read_state(directory: Path, described: _Config, faults: list[str]) -> dict[
     if not path.is_file():
         faults.append(f"{described.weights}: is missing")
         return {}
-    if path.suffix == ".safetensors":
+    if path.suffix == _SAFETENSORS:
         try:
-            return load_file(path)
+            stored = load_file(path)
         # A broken or hostile file makes the library raise errors of its own.
         except Exception as error:
             faults.append(f"{path.name}: cannot be read: {first_line(error)}")
             return {}
+        return state_dict(stored, path.name, faults)
     document: dict[str, Any] = read_pickle(path, (), _CONVERSION, faults)
     if not document:
         return {}

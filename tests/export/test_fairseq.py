@@ -480,6 +480,7 @@ ENDLESS.append(ENDLESS)
     ("document", "faults"),
     [
         ([1], ("checkpoint_best.pt: holds no dict",)),
+        ({}, ("checkpoint_best.pt: holds nothing",)),
         (
             {"x": 1},
             (
@@ -503,7 +504,7 @@ ENDLESS.append(ENDLESS)
             ("checkpoint_best.pt: model: a: has shape [1048576, 1048576], and fewer values than that are stored",),
         ),
     ],
-    ids=["list", "empty", "no model", "no settings", "endless", "numbers", "names", "absurd"],
+    ids=["list", "empty", "something else", "no model", "no settings", "endless", "numbers", "names", "absurd"],
 )
 def test_a_pickle_of_something_else(directory: Path, document: Any, faults: tuple[str, ...]) -> None:
     torch.save(document, directory / "checkpoint_best.pt")

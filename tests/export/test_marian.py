@@ -285,10 +285,11 @@ def test_code_in_a_pickle_is_not_run(directory: Path, tmp_path: Path, write: Cal
     [
         ([torch.zeros(1)], "pytorch_model.bin: is no state dict"),
         ({1: torch.zeros(1)}, "pytorch_model.bin: is no state dict"),
+        ({}, "pytorch_model.bin: holds no tensors"),
         ({"a": 1}, "pytorch_model.bin: a: is no dense tensor"),
         ({"a": torch.eye(2).to_sparse()}, "pytorch_model.bin: a: is no dense tensor"),
     ],
-    ids=["list", "numbers", "no tensor", "sparse"],
+    ids=["list", "numbers", "nothing", "no tensor", "sparse"],
 )
 def test_a_pickle_of_something_else(directory: Path, stored: Any, fault: str) -> None:
     (directory / "model.safetensors").unlink()

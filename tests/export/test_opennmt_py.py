@@ -421,6 +421,7 @@ def test_objects_of_other_classes_are_refused_and_told_how_to_be_left_out(direct
     ("document", "faults"),
     [
         ([1], ("model.pt: holds no dict",)),
+        ({}, ("model.pt: holds nothing",)),
         ({"model": {}}, ("model.pt: has no generator, vocab, opt, so it is no model of OpenNMT-py's",)),
         (
             {"model": {}, "generator": {}, "vocab": 1, "opt": 1},
@@ -433,7 +434,7 @@ def test_objects_of_other_classes_are_refused_and_told_how_to_be_left_out(direct
             ),
         ),
     ],
-    ids=["list", "part", "nothing"],
+    ids=["list", "empty", "part", "nothing"],
 )
 def test_a_pickle_of_something_else(directory: Path, document: Any, faults: tuple[str, ...]) -> None:
     torch.save(document, directory / "model.pt")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from export.checkpoint import build_model, read_checkpoint
@@ -241,12 +241,14 @@ def test_settings_that_contradict_each_other_are_told_at_once(directory: Path) -
     config = described(
         {"positions": "relative", "gated": True, "embedding_norm": True},
         {"output": None, "source_embedding": None, "source_positions": "positions", "target_embedding_norm": "norm"},
-        weights="../model.pt",
+        weights="../model.safetensors",
+        state_dict="model",
         source_prefix=[64],
     )
     (directory / "config.json").write_text(json.dumps(config))
     assert faults_of(directory) == (
-        "config.json: weights: '../model.pt': is not a plain file name; nothing outside the directory is read",
+        "config.json: weights: '../model.safetensors': is not a plain file name; nothing outside the directory is read",
+        "config.json: state_dict: a .safetensors holds tensors alone",
         "config.json: names.output: is needed where model.tie_output is false",
         "config.json: names.source_embedding: is needed where model.share_embeddings is false",
         'config.json: names.source_positions: goes with "positions": "learned" of the model, and only with it',
@@ -303,6 +305,9 @@ def test_every_tensor_that_is_wrong_is_named_at_once(directory: Path) -> None:
         pytest.param(None, {}, "model.pt: is missing", id="missing"),
         pytest.param(b"\x80\x02garbage", {}, "model.pt: cannot be read", id="garbage"),
         pytest.param([1], {}, "model.pt: holds no dict", id="a list"),
+        pytest.param({}, {}, "model.pt: holds nothing", id="an empty dict"),
+        pytest.param({"model": {}}, {"state_dict": "model"}, "model.pt: model: is no state dict", id="none in a field"),
+        pytest.param(save({}), {"weights": "model.safetensors"}, "model.safetensors: holds no tensors", id="no tensors"),
         pytest.param({"epoch": 3}, {}, "model.pt: epoch: is no dense tensor", id="numbers"),
         pytest.param({"epoch": 3}, {"state_dict": "model"}, "model.pt: model: is no state dict", id="no such field"),
         pytest.param(b"{}", {"weights": "model.safetensors"}, "model.safetensors: cannot be read", id="no safetensors"),
