@@ -183,13 +183,21 @@ def _apart(stored: Mapping[str, Tensor], names: _Names, max_positions: int) -> I
         if name in names.ignored:
             continue
         if name in tables.values():
-            table = (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor)[:max_positions]
+            table = _as_table(tensor)
+            # What is none is told of by the shape that it has.
+            table = tensor if table is None else table[:max_positions]
             yield from ((_table_of(side, name), table) for side, called in tables.items() if called == name)
         elif attention and tensor.dim() > 0:
             for projection, part in zip(_IN_PROJECTIONS, tensor.chunk(3), strict=False):
                 yield f"{attention}.{projection} of in_proj.{kind}", part
         else:
             yield name, tensor
+
+
+def _as_table(tensor: Tensor) -> Tensor | None:
+    """A table as [positions, d_model], whose other dimensions are of 1; None when it is none."""
+    rows = [length for length in tensor.shape[:-1] if length != 1]
+    return tensor.flatten(0, -2) if tensor.dim() > 1 and len(rows) <= 1 else None
 
 
 def _table_of(side: str, name: str) -> str:

@@ -227,6 +227,25 @@ def test_other_files(directory: Path, stored: Callable[[nn.Module, Path], None],
     assert all(torch.equal(tensors[name], usual[name]) for name in usual)
 
 
+@pytest.mark.parametrize("shape", [(LONGEST, D_MODEL), (1, LONGEST, D_MODEL), (1, LONGEST, 1, D_MODEL)], ids=str)
+def test_tables_of_positions_with_dimensions_of_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = random_tutorial(learned=True)
+    expected = model.positions.detach()[:, 0]
+    model.positions = nn.Parameter(model.positions.detach().reshape(shape))
+    tensors = read_checkpoint(write(tmp_path / "c", model, described({"positions": "learned"}, LEARNED))).tensors
+    assert torch.equal(tensors["encoder.embedding.position_table"], expected)
+    assert torch.equal(tensors["decoder.embedding.position_table"], expected)
+
+
+def test_two_tables_in_one_are_none(tmp_path: Path) -> None:
+    model = random_tutorial(learned=True)
+    model.positions = nn.Parameter(torch.zeros(2, LONGEST, D_MODEL))
+    assert faults_of(write(tmp_path / "c", model, described({"positions": "learned"}, LEARNED))) == (
+        f"model.pt: positions (of the encoder): shape [2, {LONGEST}, 16], expected [{LONGEST}, 16]",
+        f"model.pt: positions (of the decoder): shape [2, {LONGEST}, 16], expected [{LONGEST}, 16]",
+    )
+
+
 def test_stacks_of_other_names(tmp_path: Path) -> None:
     model = random_tutorial()
     apart = nn.ModuleDict({"enc": model.transformer.encoder, "dec": model.transformer.decoder})
