@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +27,7 @@ from export.checkpoint.archives import file_sha256, first_line, read_pickle, sta
 from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.described import CONFIG_NAME, Description, find_tokenizer_files, mentions, read_description
 from export.checkpoint.hugging_face import rename
-from export.model import ModelConfig
+from export.model import ModelConfig, computed_positions
 from serving.errors import CheckpointError
 from serving.manifest import name_fault
 
@@ -41,6 +42,8 @@ _ATTENTIONS = {
     "encoder": {"self_attn": "self_attention"},
     "decoder": {"self_attn": "self_attention", "multihead_attn": "cross_attention"},
 }
+# Of a table that was computed in float32, or stored as float16; others differ by about 1.
+_POSITION_TOLERANCE = 0.05
 # The norms of a layer, from norm1 on: what they are around.
 _NORMS = {
     "encoder": ("self_attention_residual", "feed_forward_residual"),
@@ -116,7 +119,8 @@ class TorchTransformerReader:
         sample_lines = read_samples(directory, faults)
         if not stored:
             raise CheckpointError(directory, faults)
-        config = described.model.model_copy(update={"final_norm": f"{described.names.stack('encoder')}.norm.weight" in stored})
+        config = _with_final_norm(described, stored, faults)
+        faults += _ignored_table_faults(described, stored)
         names = tensor_names(config, described.names)
         tensors = rename(config, dict(_apart(stored, described.names, config.max_positions)), names, described.weights, faults)
         if faults:
@@ -226,9 +230,39 @@ def _faults(described: _Config) -> list[str]:
         faults.append(f"source_prefix: {outside} is outside the source vocabulary of {model.source_vocab_size}")
     if model.positions == "relative":
         faults.append("model.positions: torch's attention has no relative ones")
+    if model.norm_kind != "layer":
+        faults.append(f"model.norm_kind: {model.norm_kind!r} is not what torch's layers have, only 'layer'")
     if model.gated:
         faults.append("model.gated: torch's layers are not")
     return [f"{CONFIG_NAME}: {fault}" for fault in faults]
+
+
+def _with_final_norm(described: _Config, stored: Mapping[str, Tensor], faults: list[str]) -> ModelConfig:
+    """The architecture with norms after the last layers where the tensors have such; what it states otherwise is a fault."""
+    norm = f"{described.names.stack('encoder')}.norm.weight"
+    if described.model.final_norm not in (None, norm in stored):
+        there_is = "there is" if norm in stored else "there is no"
+        stated = str(described.model.final_norm).lower()
+        faults.append(f"{CONFIG_NAME}: model.final_norm: is {stated}, and {there_is} {norm} in {described.weights}")
+    return described.model.model_copy(update={"final_norm": norm in stored})
+
+
+def _ignored_table_faults(described: _Config, stored: Mapping[str, Tensor]) -> Iterator[str]:
+    """Tensors that are not looked at, and look like positions that are none of the computed ones."""
+    model = described.model
+    if model.positions not in ("sinusoidal", "sinusoidal_concatenated"):
+        return
+    for name in described.names.ignored:
+        table = _as_table(stored[name]) if name in stored else None
+        # As many rows as a vocabulary has are its tokens.
+        if table is None or table.shape[1] != model.d_model or len(table) in (model.source_vocab_size, model.target_vocab_size):
+            continue
+        kept = table[: model.max_positions].to(torch.float32)
+        if len(kept) == model.max_positions and not kept.allclose(computed_positions(model), rtol=0, atol=_POSITION_TOLERANCE):
+            yield (
+                f"{CONFIG_NAME}: names.ignored: {name} looks like a table of positions and is not the computed one: "
+                "name it as source_positions and target_positions"
+            )
 
 
 def _read_state(directory: Path, described: _Config, faults: list[str]) -> dict[str, Tensor]:

@@ -246,6 +246,60 @@ def test_two_tables_in_one_are_none(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("has_norms", "stated", "there_is"),
+    [(True, False, "is false, and there is"), (False, True, "is true, and there is no")],
+    ids=["there", "not there"],
+)
+def test_a_stated_norm_that_the_tensors_contradict(tmp_path: Path, has_norms: bool, stated: bool, there_is: str) -> None:
+    model = random_tutorial(stacks_end_in_norms=has_norms)
+    assert faults_of(write(tmp_path / "c", model, described({"final_norm": stated}))) == (
+        f"config.json: model.final_norm: {there_is} transformer.encoder.norm.weight in model.pt",
+    )
+    (tmp_path / "c" / "config.json").write_text(json.dumps(described({"final_norm": has_norms})))
+    assert read_checkpoint(tmp_path / "c").config.final_norm is has_norms
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.zeros_like, lambda table: table * 0.9, lambda table: table.roll(-1, 0)],
+    ids=["zeros", "scaled", "from another position on"],
+)
+def test_an_ignored_table_of_other_positions_than_the_computed_ones(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    model = random_tutorial()
+    model.positions.copy_(change(model.positions))
+    (fault,) = faults_of(write(tmp_path / "c", model, described({"max_positions": LONGEST - 1})))
+    assert fault == (
+        "config.json: names.ignored: positions looks like a table of positions and is not the computed one: "
+        "name it as source_positions and target_positions"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        # As many rows as tokens; fewer rows than positions; of another width; of no one table; whole numbers.
+        ((TINY_VOCAB_SIZE, D_MODEL), torch.float32),
+        ((LONGEST // 4, D_MODEL), torch.float32),
+        ((LONGEST, D_MODEL // 2), torch.float32),
+        ((2, LONGEST, D_MODEL), torch.float32),
+        ((LONGEST,), torch.int64),
+        ((), torch.float32),
+    ],
+    ids=str,
+)
+def test_ignored_tensors_that_are_no_tables_of_positions(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = random_tutorial()
+    model.register_buffer("other", torch.ones(shape, dtype=dtype))
+    config = described({"max_positions": LONGEST // 2}, {"ignored": ["positions", "other", "not there"]})
+    assert read_checkpoint(write(tmp_path / "c", model, config)).config.max_positions == LONGEST // 2
+
+
+def test_an_ignored_table_as_it_was_computed_or_stored_in_half_precision(tmp_path: Path) -> None:
+    model = random_tutorial().half()
+    assert read_checkpoint(write(tmp_path / "c", model, CONFIG)).config.positions == "sinusoidal"
+
+
 def test_stacks_of_other_names(tmp_path: Path) -> None:
     model = random_tutorial()
     apart = nn.ModuleDict({"enc": model.transformer.encoder, "dec": model.transformer.decoder})
@@ -258,7 +312,7 @@ def test_stacks_of_other_names(tmp_path: Path) -> None:
 
 def test_settings_that_contradict_each_other_are_told_at_once(directory: Path) -> None:
     config = described(
-        {"positions": "relative", "gated": True, "embedding_norm": True},
+        {"positions": "relative", "gated": True, "embedding_norm": True, "norm_kind": "rms"},
         {"output": None, "source_embedding": None, "source_positions": "positions", "target_embedding_norm": "norm"},
         weights="../model.safetensors",
         state_dict="model",
@@ -274,6 +328,7 @@ def test_settings_that_contradict_each_other_are_told_at_once(directory: Path) -
         'config.json: names.source_embedding_norm: goes with "embedding_norm": true of the model, and only with it',
         "config.json: source_prefix: [64] is outside the source vocabulary of 64",
         "config.json: model.positions: torch's attention has no relative ones",
+        "config.json: model.norm_kind: 'rms' is not what torch's layers have, only 'layer'",
         "config.json: model.gated: torch's layers are not",
     )
 
