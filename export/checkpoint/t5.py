@@ -199,6 +199,7 @@ class T5Reader:
         tensors = _tensors(config, stored, weights_name, faults) if config and stored else {}
         sample_lines = read_samples(directory, faults)
         if tokenizer and config:
+            faults += _prefix_faults(tokenizer, target_prefix)
             config = _cut(config, tensors, tokenizer, faults)
         if faults or fields is None or config is None or tokenizer is None:
             raise CheckpointError(directory, faults)
@@ -280,6 +281,17 @@ def _tensors(config: ModelConfig, stored: Mapping[str, Tensor], file_name: str, 
     """Tensors by our names; what is wrong with them goes to ``faults``."""
     tensors = {name: tensor for name, tensor in stored.items() if name != _UNUSED}
     return rename(config, tensors, tensor_names(config), file_name, faults)
+
+
+def _prefix_faults(tokenizer: T5Tokenizer, target_prefix: tuple[int, ...]) -> Iterator[str]:
+    """Tokens that texts are made to start with, and that are left out."""
+    for called, prefix in (
+        (f"{tokenizer.file_name}: before a text", tokenizer.source_prefix),
+        ("forced_bos_token_id", target_prefix),
+    ):
+        for token_id in prefix:
+            if token_id >= tokenizer.size:
+                yield f"{called}: {token_id} is none of {tokenizer.size} pieces"
 
 
 def _cut(config: ModelConfig, tensors: dict[str, Tensor], tokenizer: T5Tokenizer, faults: list[str]) -> ModelConfig:

@@ -139,6 +139,11 @@ def _whole_tokenizer(directory: Path, settings: Mapping[str, Any], faults: list[
     document, ids = read_json(directory / TOKENIZER_NAME, faults), tokenizer_ids(directory, settings, found)
     if document is None:
         return None
+    # Before the library has the file: it panics at a template of two texts.
+    around = _around_text(document.get("post_processor"), found)
+    if around is None:
+        faults += found
+        return None
     kept = {token: i for token, i in ids.items() if not _SENTINEL.fullmatch(token)}
     languages = {language[1]: i for token, i in kept.items() if (language := _LANGUAGE.fullmatch(token))}
     sentinels = sorted(ids.keys() - kept.keys(), key=ids.__getitem__)
@@ -151,9 +156,8 @@ def _whole_tokenizer(directory: Path, settings: Mapping[str, Any], faults: list[
     except (OSError, ValueError) as error:
         faults += [*found, str(error)]
         return None
-    around = _around_text(document.get("post_processor"), found)
     faults += found
-    if around is None or not kept:
+    if not kept:
         return None
     before, after = around
     end_id = ids.get(_END)
@@ -183,6 +187,8 @@ def _around_text(processor: Any, faults: list[str]) -> tuple[tuple[int, ...], tu
     try:
         if processor["type"] != "TemplateProcessing":
             raise ValueError(processor["type"])
+        if [part["Sequence"]["id"] for part in processor["single"] if "Sequence" in part] != ["A"]:
+            raise ValueError("no template of one text")
         around: tuple[list[int], list[int]] = ([], [])
         is_after = False
         for part in processor["single"]:

@@ -303,6 +303,8 @@ def test_every_unsupported_setting_is_named_at_once(directory: Path) -> None:
         ({"decoder_start_token_id": 79}, "decoder_start_token_id: 79 is none of 64 pieces"),
         ({"guidance_scale": 1.2}, "config.json: guidance_scale: 1.2 is not supported"),
         ({"forced_bos_token_id": 1}, "config.json: forced_bos_token_id: 1 cannot start a target"),
+        ({"forced_bos_token_id": PIECES}, f"forced_bos_token_id: {PIECES} is none of {PIECES} pieces"),
+        ({"forced_bos_token_id": VOCABULARY}, f"config.json: forced_bos_token_id: {VOCABULARY} cannot start a target"),
     ],
     ids=str,
 )
@@ -432,6 +434,19 @@ def test_what_a_tokenizer_json_puts_around_a_source(
             {"post_processor": {**template(after=[1]), "special_tokens": {}}},
             "tokenizer.json: post_processor: is not supported, only a template of one text",
         ),
+        (
+            {"post_processor": {**template(after=[1]), "single": []}},
+            "tokenizer.json: post_processor: is not supported, only a template of one text",
+        ),
+        (
+            {"post_processor": {**template(), "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2}},
+            "tokenizer.json: post_processor: is not supported, only a template of one text",
+        ),
+        (
+            {"post_processor": {**template(), "single": [{"Sequence": {"id": "B", "type_id": 0}}]}},
+            "tokenizer.json: post_processor: is not supported, only a template of one text",
+        ),
+        ({"post_processor": template(before=[PIECES, 5])}, f"tokenizer.json: before a text: {PIECES} is none of {PIECES} pieces"),
         ({"post_processor": template(after=[1, 1])}, "tokenizer.json: post_processor: puts [1, 1] after a text; only </s> is"),
         ({"decoder": {"type": "Nonsense"}}, "tokenizer.json: is no tokenizer"),
     ],
