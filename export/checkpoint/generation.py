@@ -114,7 +114,11 @@ class GenerationSettings:
             faults: of the whole checkpoint so far; every setting that a bundle has no place for is one.
         """
         found = setting_faults(self.values, _NEUTRAL)
-        ends = self._ends(config, found)
+        stated_ends = self._ends(config, found)
+        suppressed = self._suppressed(config, stated_ends, found)
+        ends = [token_id for token_id in stated_ends if [token_id] not in suppressed]
+        if not ends:
+            found.append(f"suppress_tokens: has {stated_ends}, all the tokens that end a target")
         forced = self._tokens("forced_eos_token_id", config, found)
         if not set(forced) <= set(ends):
             found.append(f"forced_eos_token_id: {forced} is not supported, only tokens that end a target, {ends}")
@@ -124,7 +128,7 @@ class GenerationSettings:
         chosen["ends_when_cut"] = self.values.get("forced_eos_token_id") is not None
         chosen["rules_of_generate"] = not self.values.get("renormalize_logits")
         chosen["end_ids"] = [] if ends == [config.eos_id] else ends
-        chosen["suppressed"] = self._suppressed(config, ends, found)
+        chosen["suppressed"] = suppressed
         chosen["suppressed_first"] = self._tokens("begin_suppress_tokens", config, found)
         chosen |= self._lengths(hidden_tokens, found)
         try:
@@ -151,7 +155,10 @@ class GenerationSettings:
         return tokens
 
     def _suppressed(self, config: ModelConfig, ends: list[int], faults: list[str]) -> list[list[int]]:
-        """Sequences of tokens that no target has, without those that a bundle never decodes anyway."""
+        """Sequences of tokens that no target has, without those that a bundle never decodes anyway.
+
+        ``generate`` leaves ends out of ``bad_words_ids``, and takes them by ``suppress_tokens``.
+        """
         sequences = list[list[int]]()
         for name in ("bad_words_ids", "suppress_tokens"):
             stated = self.values.get(name)
@@ -159,11 +166,10 @@ class GenerationSettings:
             listed = [one if name == "bad_words_ids" else [one] for one in stated] if isinstance(stated, list) else stated
             if not _are_sequences(listed or [], config.target_vocab_size):
                 faults.append(f"{name}: {stated!r}: is no list of tokens of the vocabulary")
-            else:
-                sequences += listed or []
-        # ``generate`` does not take the end-of-sentence token from anybody either.
-        without = [[token_id] for token_id in (*config.never_decoded, *ends)]
-        return [sequence for sequence in sequences if sequence not in without]
+                continue
+            without = [[token_id] for token_id in (*config.never_decoded, *(ends if name == "bad_words_ids" else ()))]
+            sequences += [sequence for sequence in listed or [] if sequence not in without]
+        return sequences
 
     def _lengths(self, hidden_tokens: int, faults: list[str]) -> dict[str, int]:
         """The shortest and the longest target, where they are stated."""

@@ -131,6 +131,15 @@ def test_lengths_count_what_is_the_translations_own(
         ({"bad_words_ids": [[]]}, "bad_words_ids: [[]]: is no list of tokens of the vocabulary"),
         ({"bad_words_ids": [[-1]]}, "bad_words_ids: [[-1]]: is no list of tokens of the vocabulary"),
         ({"suppress_tokens": [[5]]}, "suppress_tokens: [[5]]: is no list of tokens of the vocabulary"),
+        ({"suppress_tokens": [3]}, "suppress_tokens: has [3], all the tokens that end a target"),
+        (
+            {"suppress_tokens": [9, 3, 11], "eos_token_id": [3, 9]},
+            "suppress_tokens: has [3, 9], all the tokens that end a target",
+        ),
+        (
+            {"suppress_tokens": [9], "eos_token_id": [3, 9], "forced_eos_token_id": 9},
+            "forced_eos_token_id: [9] is not supported, only tokens that end a target, [3]",
+        ),
         ({"suppress_tokens": 5}, "suppress_tokens: 5: is no list of tokens of the vocabulary"),
         ({"begin_suppress_tokens": [64]}, "begin_suppress_tokens: [64]: is no token of the vocabulary, nor a list of such"),
         ({"eos_token_id": [3, "4"]}, "eos_token_id: [3, '4']: is no token of the vocabulary, nor a list of such"),
@@ -187,6 +196,25 @@ def test_tokens_that_end_targets(stated: Any, end_ids: list[int]) -> None:
     options, faults = read({"eos_token_id": stated})
     assert faults == []
     assert options.end_ids == end_ids
+
+
+@pytest.mark.parametrize(
+    ("values", "end_ids", "suppressed"),
+    [
+        ({"suppress_tokens": [9, 12]}, [], [[9], [12]]),
+        ({"suppress_tokens": [3]}, [9], [[3]]),
+        ({"bad_words_ids": [[3], [9]]}, [3, 9], []),
+        ({"bad_words_ids": [[3], [9]], "suppress_tokens": [9]}, [], [[9]]),
+    ],
+    ids=str,
+)
+def test_an_end_that_is_suppressed_ends_no_target(
+    values: dict[str, Any], end_ids: list[int], suppressed: list[list[int]]
+) -> None:
+    """As ``generate`` does by ``suppress_tokens``, and not by ``bad_words_ids``."""
+    options, faults = read({"eos_token_id": [3, 9], **values})
+    assert faults == []
+    assert (options.end_ids, options.suppressed) == (end_ids, suppressed)
 
 
 def test_what_is_forced_at_the_end_may_be_any_that_ends_targets() -> None:
