@@ -1,8 +1,9 @@
 """OpenNMT-py's translation models: one ``.pt`` with tensors, settings and vocabularies, of versions 0 to 3.
 
-The ``.pt``, or a directory with one; where that is without weights, the ``.safetensors`` of the same name. A SentencePiece model
-or byte-pair codes, where they lie beside it, cut the text. Knows the files' layout, the settings of OpenNMT-py's ``transformer``
-and the names of its tensors; does not know vocabularies (``opennmt_py_vocabulary.py``) or what a checkpoint becomes.
+The ``.pt``, or a directory with one; where that is without weights, the ``.safetensors`` or ``.00.safetensors`` of the same name.
+A SentencePiece model or byte-pair codes, where they lie beside it, cut the text. Knows the files' layout, the settings of
+OpenNMT-py's ``transformer`` and the names of its tensors; does not know vocabularies (``opennmt_py_vocabulary.py``) or what a
+checkpoint becomes.
 
 **Settings** are the command line's, an ``argparse.Namespace``; those that make the architecture are read with OpenNMT-py's
 defaults. What would make one that this project's module has no place for is refused, all at once.
@@ -20,7 +21,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,6 +78,8 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": _OFF,
     "src_feats_vocab": (None, {}, []),
 }
+# Parts of a file that are its weights.
+_WEIGHTS = ("model", "generator")
 _EMBEDDING = "embeddings.make_embedding.emb_luts.0.weight"
 _POSITIONS = "embeddings.make_embedding.pe.pe"
 _PROJECTIONS = {"linear_query": "query", "linear_keys": "key", "linear_values": "value", "final_linear": "output"}
@@ -150,24 +152,23 @@ class OpenNmtPyReader:
         document = read_pickle(model_path, CLASSES, _CONVERSION, faults)
         if not document:
             raise CheckpointError(path, faults)
-        weights_path = model_path
-        if "opt" in document and not document.keys() & {"model", "generator"}:
-            weights_path = model_path.with_suffix(".safetensors")
-            document |= _weights_beside(weights_path, faults)
-            if faults:
-                raise CheckpointError(path, faults)
-        if missing := [name for name in ("model", "generator", "vocab", "opt") if name not in document]:
+        is_apart = "opt" in document and not document.keys() & _WEIGHTS
+        needed = ("vocab", "opt") if is_apart else (*_WEIGHTS, "vocab", "opt")
+        if missing := [name for name in needed if name not in document]:
             raise CheckpointError(path, [f"{model_path.name}: has no {', '.join(missing)}, so it is no model of OpenNMT-py's"])
-        state = _state(document, model_path.name, faults)
-        settings = _settings(document["opt"], state, model_path.name, faults)
+        weights_path = _weights_beside(model_path) if is_apart else model_path
+        weights = _weights_in(weights_path, faults) if is_apart else document
+        state = _state(weights, weights_path.name, faults) if weights else {}
+        is_sized = _check_sizes(state, weights_path.name, faults)
+        settings = _settings(document["opt"], state if is_sized else {}, model_path.name, faults)
         vocabularies, start = read_vocabularies(document["vocab"], model_path.name, faults)
         sample_lines = read_samples(directory, faults)
-        if settings is None or vocabularies is None or not state:
+        if settings is None or vocabularies is None or not is_sized:
             raise CheckpointError(path, faults)
         if settings.share_embeddings and vocabularies.source != vocabularies.target:
             raise CheckpointError(path, [*faults, f"{model_path.name}: share_embeddings: the vocabularies of src and tgt differ"])
         config = _architecture(settings, vocabularies, start, state)
-        tensors = _tensors(config, settings, state, model_path.name, faults)
+        tensors = _tensors(config, settings, state, weights_path.name, faults)
         choice = choose_tokenizer(directory, vocabularies, faults, sentencepiece=_subword_models(settings))
         if faults or choice is None:
             raise CheckpointError(path, faults)
@@ -219,14 +220,21 @@ def _parameter_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
         yield f"{side}.layer_norm", f"{side}.final_norm"
 
 
-def _weights_beside(path: Path, faults: list[str]) -> dict[str, Any]:
-    """What ``-save_format safetensors`` puts into a file of its own, as the two parts of a ``.pt``; nothing after a fault."""
+def _weights_beside(model_path: Path) -> Path:
+    """Where ``-save_format safetensors`` puts what a ``.pt`` is without; to decode, its files need a part's number."""
+    trained, decoded = (model_path.with_suffix(f"{number}.safetensors") for number in ("", ".00"))
+    return decoded if decoded.is_file() and not trained.is_file() else trained
+
+
+def _weights_in(path: Path, faults: list[str]) -> dict[str, Any]:
+    """What a ``.safetensors`` holds, as the two parts of a ``.pt``; nothing after a fault."""
     if not path.is_file():
         faults.append(f"{path.name}: is missing, and {path.stem}.pt is without weights")
         return {}
     try:
         stored = load_file(path)
-    except (OSError, SafetensorError) as error:
+    # A broken or hostile file makes the library raise errors of its own.
+    except Exception as error:
         faults.append(f"{path.name}: cannot be read: {first_line(error)}")
         return {}
     prefix = "generator."
@@ -244,6 +252,13 @@ def _state(document: Mapping[str, Any], file_name: str, faults: list[str]) -> di
     return {**model, **{f"generator.{name.removeprefix('0.')}": tensor for name, tensor in generator.items()}}
 
 
+def _check_sizes(state: Mapping[str, Tensor], file_name: str, faults: list[str]) -> bool:
+    """Whether the matrices that tell the sizes are there; what is wrong with them goes to ``faults``."""
+    sizeless = [name for name in _sizing_names() if name not in state or state[name].dim() != 2 or not state[name].numel()]
+    faults += [f"{file_name}: {name}: is missing, or no matrix" for name in sizeless if state]
+    return not sizeless
+
+
 def _settings(stored: Any, state: Mapping[str, Tensor], file_name: str, faults: list[str]) -> _OpenNmtConfig | None:
     """The settings; None after a fault."""
     options = settings_of(stored, f"{file_name}: opt", faults)
@@ -256,10 +271,7 @@ def _settings(stored: Any, state: Mapping[str, Tensor], file_name: str, faults: 
     except ValidationError as error:
         found += field_faults(error.errors())
     if settings is not None and state:
-        if shapeless := [name for name in _sizing_names() if name not in state or state[name].dim() != 2]:
-            found += [f"{name}: is missing, or no matrix" for name in shapeless]
-        else:
-            found += settings.architecture_faults(state[f"decoder.{_EMBEDDING}"].shape[1])
+        found += settings.architecture_faults(state[f"decoder.{_EMBEDDING}"].shape[1])
     faults += [f"{file_name}: {fault}" for fault in found]
     return None if found else settings
 

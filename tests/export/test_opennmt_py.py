@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
 from export.pipeline import export_bundle
@@ -153,8 +153,39 @@ def test_weights_of_their_own_that_are_missing_or_none(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"{}")
     (fault,) = faults_of(directory)
     assert fault.startswith("model.safetensors: cannot be read: ")
+    (directory / "model.safetensors").write_bytes(save({}))
+    assert faults_of(directory) == tuple(f"model.safetensors: {part}: is no state dict" for part in ("model", "generator"))
     (directory / "model.safetensors").unlink()
     assert faults_of(directory) == ("model.safetensors: is missing, and model.pt is without weights",)
+
+
+@pytest.mark.parametrize("weights", [None, b"{}"], ids=["missing", "broken"])
+def test_other_faults_are_told_beside_weights_of_their_own_that_are_none(directory: Path, weights: bytes | None) -> None:
+    write_apart(directory, copy_attn=True)
+    (directory / "model.safetensors").unlink()
+    if weights is not None:
+        (directory / "model.safetensors").write_bytes(weights)
+    (directory / "samples.txt").write_bytes(b"\xff")
+    assert [fault.partition(": ")[0] for fault in faults_of(directory)] == ["model.safetensors", "model.pt", "samples.txt"]
+
+
+def test_faults_of_tensors_name_the_file_that_they_are_in(directory: Path) -> None:
+    write_apart(directory)
+    tensors = load_file(directory / "model.safetensors")
+    sized = "encoder.transformer.0.feed_forward.w_1.weight"
+    save_file({**tensors, "x": torch.zeros(2)}, directory / "model.safetensors")
+    assert faults_of(directory) == ("model.safetensors: x: extra [2]",)
+    save_file({**tensors, sized: torch.zeros(2)}, directory / "model.safetensors")
+    assert faults_of(directory) == (f"model.safetensors: {sized}: is missing, or no matrix",)
+
+
+def test_weights_in_a_file_with_the_number_of_a_part(directory: Path) -> None:
+    """As decoding with OpenNMT-py needs them."""
+    write_apart(directory)
+    (directory / "model.safetensors").rename(directory / "model.00.safetensors")
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.weights_sha256 == hashlib.sha256((directory / "model.00.safetensors").read_bytes()).hexdigest()
+    assert_computes(checkpoint, SETTINGS)
 
 
 def as_before(document: dict[str, Any]) -> None:
@@ -305,9 +336,10 @@ def test_a_missing_bias_is_a_fault_where_there_should_be_one(directory: Path) ->
     assert faults_of(directory) == (f"model.pt: {name}: missing, expected [16]",)
 
 
-def test_matrices_that_tell_the_sizes(directory: Path) -> None:
+@pytest.mark.parametrize("shape", [(3,), (0, 16), (24, 0)], ids=str)
+def test_matrices_that_tell_the_sizes(directory: Path, shape: tuple[int, ...]) -> None:
     name = "encoder.transformer.0.feed_forward.w_1.weight"
-    write(directory, lambda document: document["model"].update({name: torch.zeros(3)}))
+    write(directory, lambda document: document["model"].update({name: torch.zeros(shape)}))
     assert faults_of(directory) == (f"model.pt: {name}: is missing, or no matrix",)
 
 
