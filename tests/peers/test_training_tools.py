@@ -185,6 +185,10 @@ def test_trained_and_decoded_by_the_tool_itself(module: str, name: str, tmp_path
     lines = (tmp_path / "lines.en").read_text(encoding="utf-8").splitlines()
     sources = [(*(source_ids.get(token, source_ids["<unk>"]) for token in line.split()), *end) for line in lines]
 
+    # Nothing is left out of what is compared.
+    for beam_size in (1, BEAM_SIZE):
+        assert [len(hypotheses) for hypotheses in answers[beam_size]] == [beam_size] * len(sources)
+
     # The network: every hypothesis has the log-probability that the tool says.
     model = build_model(subject.checkpoint)
     for source, hypotheses in zip(sources * 2, answers[1] + answers[BEAM_SIZE], strict=True):
