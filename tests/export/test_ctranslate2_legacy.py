@@ -140,8 +140,12 @@ def test_tokens_that_cannot_be_seen(tmp_path: Path) -> None:
 
 def test_a_map_of_vocabularies_is_not_looked_at(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", legacy_binary(of_opennmt_tf(WEIGHTS), version=1))
+    without = read_checkpoint(directory)
     (directory / "vmap.txt").write_bytes(b"\xff\tnothing")
-    assert read_checkpoint(directory).warnings
+    beside = read_checkpoint(directory)
+    assert (beside.config, beside.tokenizer_files, beside.warnings) == (without.config, without.tokenizer_files, without.warnings)
+    assert beside.tensors.keys() == without.tensors.keys()
+    assert all(torch.equal(tensor, without.tensors[name]) for name, tensor in beside.tensors.items())
 
 
 def test_vocabularies_with_the_ends_of_lines_of_windows(tmp_path: Path) -> None:
