@@ -189,13 +189,13 @@ def _read_dictionaries(
 ) -> tuple[_Dictionary, _Dictionary, list[LanguagePair]] | None:
     """Of source and target, and what these are where that is known; None after a fault."""
     paths = _dictionaries_in(directory)
-    is_stated = settings.source_lang is not None and settings.target_lang is not None
+    stated = _stated_pair(settings, paths)
     # Not to be told apart otherwise, as a rule both of one model.
-    languages = [settings.source_lang, settings.target_lang] if is_stated else sorted(paths)
+    languages = sorted(paths) if stated is None else [stated.source, stated.target]
     read: dict[str, _Dictionary] = {}
     for language in dict.fromkeys(languages):
         # A language may be called anything; only what lies in the directory is read.
-        if language is None or language not in paths:
+        if language not in paths:
             faults.append(f"dict.{language}.txt: is missing")
             continue
         try:
@@ -204,12 +204,19 @@ def _read_dictionaries(
             faults.append(f"{paths[language].name}: {error}")
     if not set(languages) <= read.keys():
         return None
-    if is_stated:
-        assert settings.source_lang is not None
-        assert settings.target_lang is not None
-        pair = LanguagePair(source=settings.source_lang, target=settings.target_lang)
-        return read[pair.source], read[pair.target], [pair]
+    if stated is not None:
+        return read[stated.source], read[stated.target], [stated]
     return _told_apart(read, state, faults)
+
+
+def _stated_pair(settings: FairseqConfig, paths: Mapping[str, Path]) -> LanguagePair | None:
+    """What the settings say: of one side alone, where one of two dictionaries is its, the other is the other side's."""
+    source, target = settings.source_lang, settings.target_lang
+    one = target if source is None else source
+    if one in paths and len(paths) == 2:
+        (other,) = paths.keys() - {one}
+        source, target = other if source is None else source, other if target is None else target
+    return None if source is None or target is None else LanguagePair(source=source, target=target)
 
 
 def _told_apart(

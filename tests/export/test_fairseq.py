@@ -168,6 +168,31 @@ def test_languages_that_are_not_stated_are_told_by_the_dictionaries(directory: P
     assert faults_of(directory) == ("source_lang, target_lang: are not stated, so that source and target cannot be told apart",)
 
 
+@pytest.mark.parametrize(
+    ("stated", "source", "target"),
+    [
+        ({"source_lang": "en"}, "en", "de"),
+        ({"target_lang": "en"}, "de", "en"),
+        # Where both are stated nothing is made up.
+        ({"source_lang": "en", "target_lang": "en"}, "en", "en"),
+    ],
+    ids=str,
+)
+def test_a_language_that_is_stated_alone_leaves_the_other_dictionary_to_the_other_side(
+    directory: Path, stated: dict[str, Any], source: str, target: str
+) -> None:
+    """Also where the dictionaries are of one size."""
+    origins.write_fairseq_dictionary(directory / "dict.en.txt", PIECES[::-1])
+    settings: dict[str, Any] = {"source_lang": None, "target_lang": None, **stated}
+    write(directory, **settings)
+    assert read_checkpoint(directory).languages == [LanguagePair(source=source, target=target)]
+
+
+def test_a_language_that_is_stated_alone_and_has_no_dictionary(directory: Path) -> None:
+    write(directory, source_lang="fr", target_lang=None)
+    assert read_checkpoint(directory).languages == []
+
+
 def test_what_is_not_stated_has_its_default(directory: Path) -> None:
     defaults = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_source_positions": 1024}
     settings = {**SETTINGS, **defaults}
