@@ -19,8 +19,12 @@ import sentencepiece
 import torch
 
 from export.checkpoint import Checkpoint, build_model, read_checkpoint
+from serving.config import EngineConfig, RequestLimits
 from serving.manifest import MarianTokenizerSpec, TokensTokenizerSpec
-from serving.request import DecodingOptions
+from serving.model import limits_of
+from serving.preparation import TextPreparer
+from serving.request import DecodingOptions, Outcome
+from serving.request_options import RequestOptions
 from serving.tokenizers import Tokenizer, load_tokenizer
 from tests.peers.subject import Subject
 from tests.support import ENGLISH_LINES, GERMAN_LINES, score_of
@@ -38,6 +42,8 @@ LEAST_SAME = 0.97
 WIDTH = 4
 # Its commands: train, decode, score.
 MARIAN = "import sys, _pymarian; sys.exit(_pymarian.main(sys.argv[1:]))"
+# Of the search, as training writes them into ``decoder.yml``.
+SETTINGS = {"beam-size": "6", "normalize": "0.6"}
 # Of marian-decoder.
 MAX_LENGTH_FACTOR = 3
 _ROUNDS = 20
@@ -102,8 +108,7 @@ class Marian:
             "after": f"{UPDATES}u",
             "seed": "7",
             "workspace": "256",
-            "beam-size": "6",
-            "normalize": "0.6",
+            **SETTINGS,
             **settings,
         }
         options = [part for name, value in its.items() for part in (f"--{name}", *value.split())]
@@ -112,8 +117,15 @@ class Marian:
     def n_best(self, sources: list[str], **options: str | float) -> list[list[tuple[str, float]]]:
         """Pieces with spaces between, and the score, of each hypothesis."""
         named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        return self._n_best(sources, "-m", str(self.model), *named)
+
+    def n_best_by_its_own_settings(self, sources: list[str]) -> list[list[tuple[str, float]]]:
+        """The same with the ``decoder.yml`` that training has written beside the model."""
+        return self._n_best(sources, "-c", f"{self.model}.decoder.yml")
+
+    def _n_best(self, sources: list[str], *options: str) -> list[list[tuple[str, float]]]:
         flags = ["--n-best", "--mini-batch", "1", "--maxi-batch", "1", "--no-spm-decode"]
-        answer = self._run("decode", "-m", str(self.model), *flags, *named, sources=sources)
+        answer = self._run("decode", *options, *flags, sources=sources)
         found: list[list[tuple[str, float]]] = [[] for _ in sources]
         for line in answer.splitlines():
             number, pieces, _, score = line.split(" ||| ")
@@ -201,13 +213,34 @@ def test_n_best_lists(pair: Pair, width: int, normalize: float, word_penalty: fl
 
     its = pair.marian.n_best(pair.sources, beam_size=width, normalize=normalize, word_penalty=word_penalty)
     outcomes = pair.subject.outcomes([(source, options(source)) for source in pair.source_ids()])
+    assert_same_lists(pair, its, outcomes)
+
+
+def test_n_best_lists_by_the_defaults_of_the_bundle(pair: Pair) -> None:
+    """A request that says nothing but how many beams, and marian-decoder with nothing but its ``decoder.yml``."""
+    manifest, width = pair.subject.bundle("fp32").manifest, pair.subject.checkpoint.num_beams
+    assert width == int(SETTINGS["beam-size"])
+    preparer = TextPreparer(
+        tokenizer=pair.tokenizer,
+        eos_id=manifest.ids.eos,
+        languages=(),
+        defaults=manifest.defaults,
+        limits=limits_of(manifest, EngineConfig(), RequestLimits()),
+    )
+    request = RequestOptions(beam_size=width, num_hypotheses=width, return_scores=True)
+    asked = [(source, preparer.decoding_options(request, len(source))) for source in pair.source_ids()]
+    assert {options.length_penalty for _, options in asked} == {float(SETTINGS["normalize"])}
+    assert_same_lists(pair, pair.marian.n_best_by_its_own_settings(pair.sources), pair.subject.outcomes(asked))
+
+
+def assert_same_lists(pair: Pair, its: list[list[tuple[str, float]]], outcomes: list[Outcome]) -> None:
     same, largest = 0, 0.0
     for theirs, outcome in zip(its, outcomes, strict=True):
         ours = [(" ".join(pair.tokenizer.target_pieces(one.target_ids)), score_of(one)) for one in outcome.hypotheses]
         if [pieces for pieces, _ in theirs] == [pieces for pieces, _ in ours]:
             same += 1
             largest = max(largest, *(abs(a - b) for (_, a), (_, b) in zip(theirs, ours, strict=True)))
-    print(f"{same} of {len(its)} n-best lists of {width} are the same, scores differ by {largest:.1e} at most")
+    print(f"{same} of {len(its)} n-best lists of {len(its[0])} are the same, scores differ by {largest:.1e} at most")
     # Marian adds up in float32: in the longest, which repeat one word, what is 2e-5 better there may be worse here.
     assert same >= LEAST_SAME * len(its)
     assert largest < SCORE_TOLERANCE
