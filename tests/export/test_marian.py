@@ -376,8 +376,8 @@ def test_settings_of_generate_that_a_bundle_has_no_place_for(directory: Path) ->
     assert faults_of(directory) == (
         "generation_config.json: forced_bos_token_id: 0 cannot start a target",
         "generation_config.json: encoder_no_repeat_ngram_size: 3 is not supported, only None or 0",
-        "generation_config.json: forced_eos_token_id: [8] is not supported, only tokens that end a target, [0, 5]",
         f"generation_config.json: bad_words_ids: [[{PAD_ID}], [5, 1000000]]: is no list of tokens of the vocabulary",
+        "generation_config.json: forced_eos_token_id: [8] is not supported, only tokens that end a target, [0, 5]",
         "generation_config.json: no_repeat_ngram_size: Input should be greater than or equal to 0",
     )
 
