@@ -109,6 +109,8 @@ TUNED: Mapping[str, Any] = {
 }
 # Targets that end at more than one token, and what none starts with.
 ENDED: Mapping[str, Any] = {"begin_suppress_tokens": [2, 25, 26], "eos_token_id": [2, 21, 40, 61]}
+# One of the ends is no bad word, others are suppressed all the same.
+SUPPRESSED: Mapping[str, Any] = {**ENDED, "bad_words_ids": [[21]], "suppress_tokens": [40, 61, *range(30, 36)]}
 PLAIN = PUBLISHED["nllb-200-distilled-600M"], PUBLISHED["bart-large-cnn"]
 MODELS = {
     **PUBLISHED,
@@ -120,6 +122,9 @@ MODELS = {
     "an NLLB of several ends": PublishedModel(config=PLAIN[0].config, generation={**(PLAIN[0].generation or {}), **ENDED}),
     "a BART of several ends": PublishedModel(
         config=PLAIN[1].config, generation={**(PLAIN[1].generation or {}), **ENDED, "min_length": 12, "forced_eos_token_id": 21}
+    ),
+    "a BART of several ends, some suppressed": PublishedModel(
+        config=PLAIN[1].config, generation={**(PLAIN[1].generation or {}), **SUPPRESSED, "min_length": 12}
     ),
 }
 M2M100_PAIRS, NLLB_PAIRS, MBART_PAIRS = (("en", "de"), ("de", "fr"), ("zu", "af")), families.NLLB_PAIRS, families.MBART_PAIRS
@@ -142,6 +147,7 @@ BUILDS = {
     "a BART, tuned": Build(bart_without_mask, "Bart", eagerness=7.0),
     "an NLLB of several ends": Build(families.nllb, "M2M100", NLLB_PAIRS, forces_language=True),
     "a BART of several ends": Build(bart_without_mask, "Bart", eagerness=5.0),
+    "a BART of several ends, some suppressed": Build(bart_without_mask, "Bart", eagerness=5.0),
     "pegasus-xsum": Build(families.pegasus, "Pegasus", eagerness=9.0),
     "pegasus-cnn_dailymail": Build(families.pegasus, "Pegasus", eagerness=8.0),
 }
