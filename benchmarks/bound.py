@@ -122,8 +122,7 @@ def run(setting: Setting) -> Section:
             unavailable[f"onnxlate, {precision}"] = str(error)
             continue
         for shape in shapes(model, precision, setting):
-            # To measure products anew around each cell is most of the time.
-            if setting.mode == "quick" and not setting.batches and shape.one_at_a_time:
+            if is_left_out(precision, shape, setting):
                 continue
             try:
                 found.append(limit_of(model, bundle, precision, shape, text, sizes, setting))
@@ -131,6 +130,15 @@ def run(setting: Setting) -> Section:
             except PeerUnavailableError as error:
                 unavailable[f"onnxlate, {precision}, {shape}"] = str(error)
     return Section.of(found, unavailable=unavailable, seconds=time.monotonic() - started)
+
+
+def is_left_out(precision: Precision, shape: Shape, setting: Setting) -> bool:
+    """Whether quick mode does without, unless it is asked for: to measure products anew around each cell takes long."""
+    return setting.mode == "quick" and (
+        (not setting.precisions and precision != "int8")
+        or (not setting.batches and shape.one_at_a_time)
+        or (not setting.beam_sizes and shape.beam_size > 1)
+    )
 
 
 def limit_of(

@@ -99,6 +99,8 @@ def run(setting: Setting) -> Section:
     found: list[Point] = []
     unavailable: dict[str, str] = {}
     workers = (1,) if setting.device == "cuda" else tuple(dict.fromkeys((1, setting.cores)))
+    if not full:
+        workers = workers[-1:]
     try:
         bundle = model.open_bundle(precision)
     except PeerUnavailableError as error:

@@ -84,7 +84,7 @@ class Text:
 def run(setting: Setting) -> Section:
     """Measure every cell of the mode; see the module."""
     started = time.monotonic()
-    chosen = setting.models or ((BASE_RANDOM, BUNDLED) if setting.mode == "quick" else (BASE_RANDOM, TRAINED, BUNDLED))
+    chosen = setting.models or ((BASE_RANDOM,) if setting.mode == "quick" else (BASE_RANDOM, TRAINED, BUNDLED))
     models = all_models(setting.build, setting.trained)
     measured: list[Cell] = []
     notes = [f"{name}: not there" for name in chosen if name not in models]

@@ -28,7 +28,7 @@ class Effort:
     max_rounds: int
 
 
-QUICK = Effort(min_seconds=0.6, min_rounds=2, max_rounds=3)
+QUICK = Effort(min_seconds=0.6, min_rounds=2, max_rounds=2)
 FULL = Effort(min_seconds=2.0, min_rounds=3, max_rounds=9)
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import bound, products
 from benchmarks.bound import Limit
+from benchmarks.experiment import Setting
+from benchmarks.offline import Shape
 from benchmarks.products import Product, ProductSession, Sizes, encoder_products, graph_of, step_products, weight_bytes, widths
 from benchmarks.results import Measurement, Precision, Section
 
@@ -150,3 +152,23 @@ def test_every_way_to_read_looks_at_all_of_it(read: Callable[[npt.NDArray[np.uin
     changed = words.copy()
     changed[-1] = np.array([2.0, 4.0], np.float32).view(np.uint64)[0]
     assert read(words) != read(changed)
+
+
+@pytest.mark.parametrize(
+    ("setting", "left"),
+    [
+        (Setting(), [("int8", 32, 1)]),
+        (Setting(beam_sizes=(1, 4)), [("int8", 32, 1), ("int8", 32, 4)]),
+        (Setting(batches=(1, 32), precisions=("fp32",)), [("fp32", 1, 1), ("fp32", 32, 1), ("int8", 1, 1), ("int8", 32, 1)]),
+        (
+            Setting(mode="full"),
+            [(precision, batch, beam) for precision in ("fp32", "int8") for batch in (1, 32) for beam in (1, 4)],
+        ),
+    ],
+    ids=["quick", "beams", "batches and precisions", "full"],
+)
+def test_quick_mode_leaves_out_what_it_is_not_asked_for(setting: Setting, left: list[tuple[Precision, int, int]]) -> None:
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    cells = [(precision, Shape(batch, beam)) for precision in precisions for batch in (1, 32) for beam in (1, 4)]
+    found = [(p, shape.batch, shape.beam_size) for p, shape in cells if not bound.is_left_out(p, shape, setting)]
+    assert found == left
