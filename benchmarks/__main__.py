@@ -49,9 +49,7 @@ def measure(names: tuple[str, ...], setting: Setting) -> tuple[dict[str, Section
 
 
 @click.command()
-@click.option(
-    "--quick", "mode", flag_value="quick", default="quick", help="Fewer cells and repetitions; under 5 minutes. The default."
-)
+@click.option("--quick", "mode", flag_value="quick", default="quick", help="Fewer cells and repetitions; minutes. The default.")
 @click.option("--full", "mode", flag_value="full", help="Everything; hours.")
 @click.option("--only", default=",".join(EXPERIMENTS), show_default=True, help="Experiments, by comma.")
 @click.option("--peers", "chosen_peers", default="", help=f"Libraries, by comma, of {', '.join(peers.PEERS)}; default: all.")
