@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from export.checkpoint.packages import size_faults
@@ -79,6 +80,17 @@ def read_pickle(path: Path, classes: Iterable[str], conversion: str, faults: lis
     if not document:
         faults.append(f"{path.name}: holds nothing")
     return document
+
+
+def read_safetensors(path: Path, faults: list[str]) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, which are the file's own pages; none after a fault, which goes to ``faults``."""
+    try:
+        stored = load_file(path)
+    # A broken or hostile file makes the library raise errors of its own, torch's and the system's.
+    except Exception as error:
+        faults.append(f"{path.name}: cannot be read: {first_line(error)}")
+        return {}
+    return state_dict(stored, path.name, faults)
 
 
 def load_pickle(path: Path) -> Any:

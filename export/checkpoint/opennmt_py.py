@@ -21,10 +21,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from export.checkpoint.archives import file_sha256, first_line, read_pickle, settings_of, weights_of
+from export.checkpoint.archives import file_sha256, read_pickle, read_safetensors, settings_of, weights_of
 from export.checkpoint.base import Checkpoint, alignment, read_samples
 from export.checkpoint.hugging_face import rename, setting_faults
 from export.checkpoint.opennmt_py_vocabulary import CLASSES, PADDING_TOKEN, read_vocabularies
@@ -231,11 +230,8 @@ def _weights_in(path: Path, faults: list[str]) -> dict[str, Any]:
     if not path.is_file():
         faults.append(f"{path.name}: is missing, and {path.stem}.pt is without weights")
         return {}
-    try:
-        stored = load_file(path)
-    # A broken or hostile file makes the library raise errors of its own.
-    except Exception as error:
-        faults.append(f"{path.name}: cannot be read: {first_line(error)}")
+    stored = read_safetensors(path, faults)
+    if not stored:
         return {}
     prefix = "generator."
     generator = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}

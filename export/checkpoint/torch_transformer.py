@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
-from safetensors.torch import load_file
 from torch import Tensor
 
-from export.checkpoint.archives import file_sha256, first_line, read_pickle, state_dict, weights_of
+from export.checkpoint.archives import file_sha256, read_pickle, read_safetensors, state_dict, weights_of
 from export.checkpoint.base import Checkpoint, read_samples
 from export.checkpoint.described import CONFIG_NAME, Description, find_tokenizer_files, mentions, read_description
 from export.checkpoint.hugging_face import rename
@@ -274,13 +273,7 @@ def _read_state(directory: Path, described: _Config, faults: list[str]) -> dict[
         faults.append(f"{described.weights}: is missing")
         return {}
     if path.suffix == _SAFETENSORS:
-        try:
-            stored = load_file(path)
-        # A broken or hostile file makes the library raise errors of its own.
-        except Exception as error:
-            faults.append(f"{path.name}: cannot be read: {first_line(error)}")
-            return {}
-        return state_dict(stored, path.name, faults)
+        return read_safetensors(path, faults)
     document: dict[str, Any] = read_pickle(path, (), _CONVERSION, faults)
     if not document:
         return {}
