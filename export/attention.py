@@ -7,6 +7,7 @@ measurement: each row's cost follows its own length, and its result does not dep
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class StepLengths:
     last_source: Tensor
     longest_source: Tensor
     no_keys: Tensor  # [B, 0, h * head_dim]
+    no_own_keys: Tensor  # [R, 0, h * head_dim]
+    places: Tensor  # [R, h, 3] int64, of each row and head where its new key goes: row, head, position
     # What relative positions add to the scores of self-attention: [R, h, 1, longest]. None where they are in the embedding.
     bias: Tensor | None
 
@@ -146,13 +149,15 @@ class RaggedCrossAttention(CrossAttention):
 class CachedSelfAttention(nn.Module):
     """Appends each row's new key and value at the row's own position, in place, and attends to the row's keys so far."""
 
-    def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
-        """Over floating-point caches, or int8 ones with their scales."""
+    # Whether the caches are returned twice: by what appends to them, and by what attends to them; both to be bound in place.
+    returns_caches_twice = False
+
+    def __init__(self, num_heads: int) -> None:
+        """Over floating-point caches."""
         super().__init__()
         self.num_heads = num_heads
-        self.scales = scales
 
-    def forward(self, qkv: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, qkv: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, ...]:
         """Attend.
 
         Args:
@@ -167,37 +172,81 @@ class CachedSelfAttention(nn.Module):
         sources, width, packed = qkv.shape
         rows = qkv.reshape(-1, 1, packed)
         if torch.onnx.is_in_onnx_export():
-            attended, key_cache, value_cache = self._operator(rows, step, key_cache, value_cache)
+            attended, key_cache, value_cache = _group_query_attention(
+                (rows, None, None, key_cache, value_cache), step, self.num_heads, (rows.shape[0], 1, packed // 3)
+            )
         else:
-            attended = self._eager(rows, step, key_cache, value_cache)
+            query, key, value = (_split(part, self.num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
+            row = torch.arange(rows.shape[0])
+            key_cache[row, :, step.positions] = key[:, :, 0]
+            value_cache[row, :, step.positions] = value[:, :, 0]
+            attended = _attend(query, key_cache, value_cache, step.positions + 1, _padded_bias(step.bias, key_cache))
         return attended.reshape(sources, width, packed // 3), key_cache, value_cache
 
-    def _operator(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, ...]:
-        scales = self.scales
-        optional: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
-        optional[BIAS_INPUT] = step.bias
-        optional += _scale_inputs(scales)
-        while optional and optional[-1] is None:
-            optional.pop()
-        return tuple(
-            torch.onnx.ops.symbolic_multi_out(
-                f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
-                (rows, None, None, key_cache, value_cache, step.positions, step.longest, *optional),
-                {"num_heads": self.num_heads, "kv_num_heads": self.num_heads, **quantized_cache_attributes(scales is not None)},
-                dtypes=(rows.dtype, key_cache.dtype, value_cache.dtype),
-                shapes=((rows.shape[0], 1, rows.shape[2] // 3), key_cache.shape, value_cache.shape),
-                version=1,
-            )
-        )
 
-    def _eager(self, rows: Tensor, step: StepLengths, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-        scales = self.scales
-        query, key, value = (_split(part, self.num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
+class Int8SelfAttention(nn.Module):
+    """The same over caches of bytes, for keys and values that come in bytes.
+
+    They are written by an operator of their own: the one that attends makes bytes of them one number after another, which takes
+    as long as attending.
+    """
+
+    returns_caches_twice = True
+
+    def __init__(self, num_heads: int, scales: CacheScales) -> None:
+        """With what the bytes stand for."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.scales = scales
+
+    def forward(
+        self, projected: tuple[Tensor, Tensor], step: StepLengths, key_cache: Tensor, value_cache: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Attend.
+
+        Args:
+            projected: the query [B, W, h * head_dim], and key and value side by side [B, W, 2 * h * head_dim] int8.
+            step: places, positions, the longest row, and the bias on the scores.
+            key_cache: [R, h, C, head_dim] int8.
+            value_cache: the same.
+
+        Returns:
+            Attended [B, W, h * head_dim], both caches with what was appended, and both again.
+        """
+        query, key_value = projected
+        rows = query.reshape(-1, 1, query.shape[2])
+        key, value = key_value.reshape(-1, 2 * self.num_heads, query.shape[2] // self.num_heads).chunk(
+            2, dim=1
+        )  # [R, h, head_dim]
+        if torch.onnx.is_in_onnx_export():
+            key_cache, value_cache = (
+                torch.onnx.ops.symbolic("ScatterND", (cache, step.places, new), dtype=cache.dtype, shape=cache.shape)
+                for cache, new in ((key_cache, key), (value_cache, value))
+            )
+            attended, *kept = _group_query_attention(
+                (rows, step.no_own_keys, step.no_own_keys, key_cache, value_cache), step, self.num_heads, rows.shape, self.scales
+            )
+            return attended.reshape(query.shape), key_cache, value_cache, *kept
         row = torch.arange(rows.shape[0])
-        key_cache[row, :, step.positions] = _quantized(key, None if scales is None else scales.key)[:, :, 0]
-        value_cache[row, :, step.positions] = _quantized(value, None if scales is None else scales.value)[:, :, 0]
-        bias = None if step.bias is None else F.pad(step.bias, (0, key_cache.shape[2] - step.bias.shape[3]))
-        return _attend(query, *_dequantized(key_cache, value_cache, scales), step.positions + 1, bias)
+        key_cache[row, :, step.positions] = key
+        value_cache[row, :, step.positions] = value
+        attended = _attend(
+            _split(rows, self.num_heads),
+            *_dequantized(key_cache, value_cache, self.scales),
+            step.positions + 1,
+            _padded_bias(step.bias, key_cache),
+        )
+        return attended.reshape(query.shape), key_cache, value_cache, key_cache, value_cache
+
+
+def cache_places(positions: Tensor, num_heads: int) -> Tensor:
+    """Positions [R] -> ``StepLengths.places``. A sum, because that takes half as many operators as putting them together."""
+    device = positions.device
+    row, head, position = torch.eye(3, dtype=torch.int64, device=device)
+    heads = torch.arange(num_heads, device=device)[:, None] * head  # [h, 3]
+    rows = torch.arange(positions.shape[0], device=device)
+    places: Tensor = rows.reshape(-1, 1, 1) * row + positions.long().reshape(-1, 1, 1) * position + heads
+    return places
 
 
 def quantized_cache_attributes(quantized: bool) -> dict[str, str | int]:
@@ -211,8 +260,38 @@ def _scale_inputs(scales: CacheScales | None) -> tuple[Tensor, ...]:
     return () if scales is None else (scales.key, scales.value)
 
 
-def _quantized(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else (x / scale).round().clamp(-128, 127).to(torch.int8)
+def _padded_bias(bias: Tensor | None, cache: Tensor) -> Tensor | None:
+    """What is added to the scores, for all positions of a cache."""
+    return None if bias is None else F.pad(bias, (0, cache.shape[2] - bias.shape[3]))
+
+
+def _group_query_attention(
+    inputs: tuple[Tensor | None, ...],
+    step: StepLengths,
+    num_heads: int,
+    shape: Sequence[int],
+    scales: CacheScales | None = None,
+) -> tuple[Tensor, ...]:
+    """The operator: attended, of ``shape``, and both caches. Inputs: query, keys, values, and both caches."""
+    optional: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
+    optional[BIAS_INPUT] = step.bias
+    optional += _scale_inputs(scales)
+    while optional and optional[-1] is None:
+        optional.pop()
+    query, *_, key_cache, value_cache = inputs
+    assert query is not None
+    assert key_cache is not None
+    assert value_cache is not None
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
+            (*inputs, step.positions, step.longest, *optional),
+            {"num_heads": num_heads, "kv_num_heads": num_heads, **quantized_cache_attributes(scales is not None)},
+            dtypes=(query.dtype, key_cache.dtype, value_cache.dtype),
+            shapes=(shape, key_cache.shape, value_cache.shape),
+            version=1,
+        )
+    )
 
 
 def _dequantized(key: Tensor, value: Tensor, scales: CacheScales | None) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int,
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         if node.domain == RAGGED_DOMAIN and node.op_type == RAGGED_CROSS_ATTENTION:
-            nodes.append(builder.branches(node))
+            nodes.extend(builder.branches(node))
         else:
             nodes.append(node)
     del model.graph.node[:]
@@ -68,25 +68,29 @@ class _Builder:
         ]
         self._popular = [width for width in _POPULAR if width < max_width]
         self._others = [width for width in range(1, max_width + 1) if width not in self._popular]
-        for name, operator, widths in (("is", "Equal", self._popular), ("up_to", "LessOrEqual", self._others[:-1])):
-            for width in widths:
-                limit = self._constant(f"ragged.width.{width}", width)
-                self.shared_nodes.append(helper.make_node(operator, ["ragged.width", limit], [f"ragged.{name}.{width}"]))
+        # The others are compared where it comes to that, in the branches: there is an operator for each, and few steps need one.
+        self.shared_nodes += [self._comparison("Equal", width, f"ragged.is.{width}") for width in self._popular]
 
-    def branches(self, node: NodeProto) -> NodeProto:
+    def branches(self, node: NodeProto) -> list[NodeProto]:
         """What stands for one stand-in: the popular widths one after another, then the others by halving."""
         return self._decision(node, f"ragged.{node.output[0]}", list(node.output), self._popular, self._others)
 
-    def _decision(self, node: NodeProto, name: str, outputs: list[str], popular: list[int], others: list[int]) -> NodeProto:
-        """Choose between two widths at least."""
+    def _decision(self, node: NodeProto, name: str, outputs: list[str], popular: list[int], others: list[int]) -> list[NodeProto]:
+        """Choose between two widths at least; of one node, or of a comparison and it."""
+        comparisons: list[NodeProto] = []
         if popular:
             condition = f"ragged.is.{popular[0]}"
             then, otherwise = self._choice(node, name, popular[:1], []), self._choice(node, name, popular[1:], others)
         else:
             low, high = others[: len(others) // 2], others[len(others) // 2 :]
-            condition = f"ragged.up_to.{low[-1]}"
+            condition = f"{name}.up_to.{low[-1]}"
+            comparisons = [self._comparison("LessOrEqual", low[-1], condition)]
             then, otherwise = self._choice(node, name, [], low), self._choice(node, name, [], high)
-        return helper.make_node("If", [condition], outputs, name=name, then_branch=then, else_branch=otherwise)
+        return [*comparisons, helper.make_node("If", [condition], outputs, name=name, then_branch=then, else_branch=otherwise)]
+
+    def _comparison(self, operator: str, width: int, output: str) -> NodeProto:
+        """The step's width against this one."""
+        return helper.make_node(operator, ["ragged.width", self._constant(f"ragged.width.{width}", width)], [output])
 
     def _choice(self, node: NodeProto, name: str, popular: list[int], others: list[int]) -> GraphProto:
         """A graph for these widths."""
@@ -95,7 +99,7 @@ class _Builder:
             return self._leaf(node, widths[0])
         name = f"{name}.{len(popular)}_{others[0]}_{others[-1]}"
         outputs = [f"{name}.{i}" for i in range(3)]
-        return self._graph(node, name, [self._decision(node, name, outputs, popular, others)], outputs)
+        return self._graph(node, name, self._decision(node, name, outputs, popular, others), outputs)
 
     def _leaf(self, node: NodeProto, width: int) -> GraphProto:
         """GroupQueryAttention of one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""

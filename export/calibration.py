@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
-from export.attention import CachedSelfAttention, CacheScales, RaggedCrossAttention
+from export.attention import CacheScales, Int8SelfAttention, RaggedCrossAttention
 from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer, TokenTable, lay_out
 from export.model import Transformer
 from export.quantize import SMALLEST_MAXIMUM, CalibratedInt8Linear, Int8TokenTable, ObservedLinear, RoundToInt8
@@ -54,9 +55,27 @@ def _quantize_caches(encoder: EncoderGraph, decoder: DecoderStepGraph, num_heads
     scales = cross_scales.chunk(encoder.num_tensors)
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, GraphDecoderLayer)
-        _, key, value = _cache_scale(_observed(layer.qkv).output_magnitude).chunk(3)
-        layer.self_attention = CachedSelfAttention(num_heads, CacheScales(key, value, num_heads))
+        qkv = _observed(layer.qkv)
+        _, key, value = _cache_scale(qkv.output_magnitude).chunk(3)
+        layer.qkv = QueryAndBytes(qkv, torch.cat((key, value)))
+        layer.self_attention = Int8SelfAttention(num_heads, CacheScales(key, value, num_heads))
         layer.cross_attention = RaggedCrossAttention(num_heads, CacheScales(scales[2 * i], scales[2 * i + 1], num_heads))
+
+
+class QueryAndBytes(nn.Module):
+    """A decoder layer's query in floating point, and its key and value as their caches keep them."""
+
+    def __init__(self, qkv: ObservedLinear, key_value_scale: Tensor) -> None:
+        """Of a product that makes all three side by side; key_value_scale: [2 * h * head_dim]."""
+        super().__init__()
+        size = len(key_value_scale) // 2
+        self.query = CalibratedInt8Linear(qkv.columns(0, size))
+        self.key_value = CalibratedInt8Linear(qkv.columns(size, 3 * size), output_scale=key_value_scale)
+        self.round = RoundToInt8()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., d_model] -> [..., h * head_dim] float32 and [..., 2 * h * head_dim] int8."""
+        return self.query(x), self.round(self.key_value(x))
 
 
 def _quantize_products(module: nn.Module) -> None:

@@ -225,30 +225,32 @@ class GraphDecoderLayer(nn.Module):
         self.cross_residual = layer.cross_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
-        self.self_attention = attention.CachedSelfAttention(config.num_heads)
+        self.self_attention: attention.CachedSelfAttention | attention.Int8SelfAttention = attention.CachedSelfAttention(
+            config.num_heads
+        )
         self.cross_attention = cross_attention
         self.relative_positions = _tabulated(layer.relative_positions)
 
     def forward(
         self, x: Tensor, step: attention.StepLengths, own: tuple[Tensor, Tensor], cross: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
 
         Returns:
-            X and the query of cross-attention, both of the same shape, the own cache with this step's keys and values, and the
-            cross cache as it was.
+            X and the query of cross-attention, both of the same shape; the own cache with this step's keys and values, which is
+            there twice if its attention ``returns_caches_twice``; and the cross cache as it was.
         """
         if self.relative_positions is not None:
             step = replace(step, bias=self.relative_positions.of_rows(step.positions, step.longest))
-        qkv = self.qkv(self.self_residual.enter(x))
-        attended, *own_after = self.self_attention(qkv, step, *own)
+        projected = self.qkv(self.self_residual.enter(x))
+        attended, *own_after = self.self_attention(projected, step, *own)
         x = self.self_residual.leave(x, self.self_output(attended))
         # A source's keys and values are read once for all of its hypotheses.
         query = self.cross_query(self.cross_residual.enter(x))
         attended, *cross_after = self.cross_attention(query, *cross, step)
         x = self.cross_residual.leave(x, self.cross_output(attended))
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
-        return x, query, (own_after[0], own_after[1]), (cross_after[0], cross_after[1])
+        return x, query, tuple(own_after), tuple(cross_after)
 
 
 class Candidates(nn.Module):
@@ -325,7 +327,7 @@ class DecoderStepGraph(nn.Module):
         self.keeps_cross_cache = cross_attention.owns_caches
         self.alignment_layer = config.num_decoder_layers - 1 if config.alignment_layer is None else config.alignment_layer
         self.alignment_heads = config.alignment_heads or config.num_heads
-        self.width_of_keys = config.num_heads * config.head_dim
+        self.num_heads, self.width_of_keys = config.num_heads, config.num_heads * config.head_dim
         self.embedding = GraphEmbedding(model.decoder.embedding, tokens)
         self.relative_positions = _tabulated(model.decoder.relative_positions)
         self.layers = nn.ModuleList(
@@ -335,6 +337,11 @@ class DecoderStepGraph(nn.Module):
         self.final_norm = model.decoder.final_norm
         self.candidates = Candidates(config.target_vocab_size, scores_on_request=device == "cpu")
         self.output = linear(*_padded_output(model, self.candidates.block * self.candidates.num_blocks))
+
+    @property
+    def keeps_self_cache(self) -> bool:
+        """Whether attention returns the self-attention cache beside what appends to it."""
+        return all(isinstance(x, GraphDecoderLayer) and x.self_attention.returns_caches_twice for x in self.layers)
 
     def forward(
         self,
@@ -364,8 +371,8 @@ class DecoderStepGraph(nn.Module):
         Returns:
             Candidate ids [B, W, k] int64, their log-probabilities [B, W, k] float32 (best first), the logits
             [B, W, padded vocabulary] float32, the attention to the source's tokens [B, W, S] float32 (of the heads that
-            ``ModelConfig`` names; 0 beyond a source), the self-attention cache, and, from graphs for a CPU, the cross-attention
-            cache as it was: operators that append own their caches.
+            ``ModelConfig`` names; 0 beyond a source), the self-attention cache, and the caches that an operator returns though it
+            appends nothing to them: that of self-attention where it is in bytes, that of cross-attention in graphs for a CPU.
         """
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
         rows = positions.reshape(-1)
@@ -376,17 +383,21 @@ class DecoderStepGraph(nn.Module):
             source_lengths - 1,
             source_lengths.amax(dim=0),
             x.new_zeros(x.shape[0], 0, self.width_of_keys),
+            x.new_zeros(rows.shape[0], 0, self.width_of_keys),
+            attention.cache_places(rows, self.num_heads),
             None if self.relative_positions is None else self.relative_positions.of_rows(rows, longest),
         )
         appended: list[Tensor] = []
-        kept: list[Tensor] = []
+        own_kept: list[Tensor] = []
+        cross_kept: list[Tensor] = []
         queries: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             at = slice(2 * i, 2 * i + 2)
             x, query, own, cross = layer(x, step, tuple(self_cache[at]), tuple(cross_cache[at]))
             queries.append(query)
-            appended += own
-            kept += cross
+            appended += own[:2]
+            own_kept += own[2:]
+            cross_kept += cross if self.keeps_cross_cache else ()
         at_layer = self.alignment_layer
         aligning = self.layers[at_layer]
         assert isinstance(aligning, GraphDecoderLayer)
@@ -395,7 +406,7 @@ class DecoderStepGraph(nn.Module):
         )
         logits = self.output(self.final_norm(x)).float()
         ids, log_probs = self.candidates(logits, candidate_ranks.shape[0], log_probs_wanted)
-        return ids, log_probs, logits, weights, appended, kept if self.keeps_cross_cache else []
+        return ids, log_probs, logits, weights, appended, own_kept + cross_kept
 
 
 def lay_out(

@@ -68,8 +68,8 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
 
     Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``log_probs_wanted``,
     ``attention_wanted``, ``self_cache.N``, ``cross_cache.N``. Outputs: ``candidate_ids``, ``candidate_log_probs``, ``logits``,
-    ``attention``, ``self_cache_appended.N`` and, of a graph for a CPU, ``cross_cache_kept.N``: the caches are to be bound to the
-    very memory of those that came in.
+    ``attention``, ``self_cache_appended.N``, of one with int8 caches ``self_cache_kept.N``, of a graph for a CPU
+    ``cross_cache_kept.N``: all caches are to be bound to the very memory of those that came in.
     """
     tensors = 2 * config.num_decoder_layers
     rows: dict[int, Any] = {0: _ANY, 1: _ANY}
@@ -88,6 +88,7 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
         output_names=[
             *("candidate_ids", "candidate_log_probs", "logits", "attention"),
             *(f"self_cache_appended.{i}" for i in range(tensors)),
+            *(f"self_cache_kept.{i}" for i in range(tensors) if graph.keeps_self_cache),
             *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.keeps_cross_cache),
         ],
     )

@@ -60,6 +60,13 @@ class ObservedLinear(nn.Module):
         self.output_magnitude = torch.maximum(self.output_magnitude, y.abs().flatten(0, -2).amax(dim=0))
         return y
 
+    def columns(self, start: int, stop: int) -> ObservedLinear:
+        """The product that makes some of its columns, with what was seen of these."""
+        part = ObservedLinear(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        part.input_minimum, part.input_maximum = self.input_minimum, self.input_maximum
+        part.output_magnitude = self.output_magnitude[start:stop]
+        return part
+
 
 class CalibratedInt8Linear(nn.Module):
     """y[r, n] = s * t[n] * sum_k (q(x[r, k] / s) - z) * w[n, k] + b[n], with s and z for all rows alike.

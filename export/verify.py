@@ -199,12 +199,12 @@ def onnx_stepper(
         (cross,) = encoder.run(["cross_cache"], {"source_ids": source_ids, "source_lengths": lengths})
         binding = decoder.io_binding()
         empty = [tensor.numpy().astype(cross.dtype) for tensor in _empty_cache(config, len(reference.target_ids), torch.float32)]
-        for kind, tensors, after in (("cross_cache", cross, "cross_cache_kept"), ("self_cache", empty, "self_cache_appended")):
+        for kind, tensors in (("cross_cache", cross), ("self_cache", empty)):
             for i, tensor in enumerate(tensors):
                 value = ort.OrtValue.ortvalue_from_numpy(tensor, device, 0)
                 binding.bind_ortvalue_input(f"{kind}.{i}", value)
-                if f"{after}.{i}" in outputs:
-                    binding.bind_ortvalue_output(f"{after}.{i}", value)
+                for after in {f"{kind}_appended.{i}", f"{kind}_kept.{i}"} & outputs:
+                    binding.bind_ortvalue_output(after, value)
         logits = []
         for position, token in enumerate(reference.target_ids):
             # Bound anew for each step: what is bound is copied to the device then, and not when the graph runs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -83,7 +84,8 @@ class HostLaneDecoder(LaneDecoder):
         super().__init__(target_ids, positions, num_candidates)
         self._shared = shared
         self._lone = lone
-        self._keeps_cross_cache = "cross_cache_kept.0" in {output.name for output in shared.get_outputs()}
+        # Which caches the graph returns, by operators that append to them, that own them, or both.
+        self._returned = {output.name for output in shared.get_outputs()}
         self._cache = cache
 
     @property
@@ -107,11 +109,13 @@ class HostLaneDecoder(LaneDecoder):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         # The same value as input and output: the operators work in place.
         for i, tensor in enumerate(cache.self_attention):
-            value = ort.OrtValue.ortvalue_from_numpy(tensor[: num_sources * cache.width])
-            binding.bind_ortvalue_input(f"self_cache.{i}", value)
-            binding.bind_ortvalue_output(f"self_cache_appended.{i}", value)
+            self._bind_in_place(binding, "self_cache", i, tensor[: num_sources * cache.width])
         for i, tensor in enumerate(cache.cross_attention):
-            value = ort.OrtValue.ortvalue_from_numpy(tensor[:num_sources])
-            binding.bind_ortvalue_input(f"cross_cache.{i}", value)
-            if self._keeps_cross_cache:
-                binding.bind_ortvalue_output(f"cross_cache_kept.{i}", value)
+            self._bind_in_place(binding, "cross_cache", i, tensor[:num_sources])
+
+    def _bind_in_place(self, binding: ort.IOBinding, name: str, number: int, tensor: NDArray[Any]) -> None:
+        value = ort.OrtValue.ortvalue_from_numpy(tensor)
+        binding.bind_ortvalue_input(f"{name}.{number}", value)
+        for returned in (f"{name}_appended.{number}", f"{name}_kept.{number}"):
+            if returned in self._returned:
+                binding.bind_ortvalue_output(returned, value)

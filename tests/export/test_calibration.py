@@ -13,7 +13,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from export import verify
-from export.attention import CacheScales, RaggedCrossAttention
+from export.attention import CacheScales, Int8SelfAttention, RaggedCrossAttention
 from export.calibration import calibrated_graphs
 from export.graphs import DecoderStepGraph, EncoderGraph, GraphDecoderLayer
 from export.model import Transformer
@@ -80,8 +80,9 @@ def cache_scales(decoder: DecoderStepGraph, kind: str) -> Tensor:
     scales: list[Tensor] = []
     for layer in decoder.layers:
         assert isinstance(layer, GraphDecoderLayer)
+        assert isinstance(layer.self_attention, Int8SelfAttention)
         assert isinstance(layer.cross_attention, RaggedCrossAttention)
-        scales += scales_of((layer.self_attention if kind == "self" else layer.cross_attention).scales)
+        scales += scales_of(layer.self_attention.scales if kind == "self" else layer.cross_attention.scales)
     return torch.stack(scales)[:, 0, :, 0]
 
 
@@ -113,8 +114,8 @@ def test_every_product_and_table_is_in_bytes(calibrated: Calibrated) -> None:
         assert isinstance(graph.embedding.tokens, Int8TokenTable)
     # Query, key, value, output and two of the feed-forward network in 2 layers, and all cross-attention keys and values.
     assert len([m for m in calibrated.encoder.modules() if isinstance(m, CalibratedInt8Linear)]) == 2 * 6 + 1
-    # Two attentions of two products, the feed-forward network's two in 2 layers, and the output.
-    assert len([m for m in calibrated.decoder.modules() if isinstance(m, CalibratedInt8Linear)]) == 2 * 6 + 1
+    # Three products of self-attention, where keys and values are one, two of the other, two of feeding forward, and the output.
+    assert len([m for m in calibrated.decoder.modules() if isinstance(m, CalibratedInt8Linear)]) == 2 * 7 + 1
 
 
 def test_after_the_relu_the_whole_byte_is_used(calibrated: Calibrated) -> None:
