@@ -135,6 +135,8 @@ class RequestInterceptor(_ServerInterceptor):
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        # Handlers as registered, and what was put around each, by method.
+        self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     @property
     def in_flight(self) -> int:
@@ -152,13 +154,19 @@ class RequestInterceptor(_ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
+        known = self._wrapped.get(handler_call_details.method)
+        if known is not None and known[0] is handler:
+            return known[1]
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
         if handler is None or service not in self._services:
             return handler
         assert not handler.request_streaming, "the services take one message a request"
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._stream(handler, method))
-        return grpc.unary_unary_rpc_method_handler(self._unary(handler, method))
+            wrapped = grpc.unary_stream_rpc_method_handler(self._stream(handler, method))
+        else:
+            wrapped = grpc.unary_unary_rpc_method_handler(self._unary(handler, method))
+        self._wrapped[handler_call_details.method] = handler, wrapped
+        return wrapped
 
     def _unary(self, handler: Any, method: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def respond(request: bytes, context: Context) -> bytes:

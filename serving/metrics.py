@@ -7,6 +7,7 @@ codes, reasons and worker numbers, never anything a client wrote.
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
@@ -18,6 +19,16 @@ ROW_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 # What the engine and the service refuse requests for. Another reason is counted as "other", so that the label stays bounded.
 REJECTION_REASONS = ("queue_full", "queue_tokens", "shutting_down", "loading")
+
+
+@dataclass(frozen=True, slots=True)
+class _MethodMetrics:
+    """What is counted of one method, its labels looked up: that takes longer than counting."""
+
+    in_flight: Gauge
+    seconds: Histogram
+    # By status code.
+    answered: dict[str, Counter] = field(default_factory=dict)
 
 
 class ServiceMetrics:
@@ -38,6 +49,7 @@ class ServiceMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self._of_method: dict[str, _MethodMetrics] = {}
         rejections = Counter("onnxlate_rejections", "Requests refused before any work.", ("reason",), registry=registry)
 
         self._queue_length = Gauge("onnxlate_queue_length", "Sequences waiting for a row.", registry=registry)
@@ -78,7 +90,7 @@ class ServiceMetrics:
         self._model = Info("onnxlate_model", "The bundle that is served.", registry=registry)
         self._build = Info("onnxlate_build", "The program that serves it.", registry=registry)
 
-        # Bound here, because looking a label up costs more than counting.
+        # Bound here, as those of methods are once they are called.
         self._finished = {reason: finished.labels(reason) for reason in (*FINISH_REASONS, "other")}
         self._rejections = {reason: rejections.labels(reason) for reason in (*REJECTION_REASONS, "other")}
         self._rows_in_use_of: dict[int, Gauge] = {}
@@ -88,13 +100,23 @@ class ServiceMetrics:
 
     def request_started(self, method: str) -> None:
         """A request reached its handler. ``method`` is one of the service's own, never a name that a client made up."""
-        self._in_flight.labels(method).inc()
+        self._method(method).in_flight.inc()
 
     def request_ended(self, method: str, code: str, seconds: float) -> None:
         """A request that started was answered with the gRPC status ``code``."""
-        self._in_flight.labels(method).dec()
-        self._requests.labels(method, code).inc()
-        self._request_seconds.labels(method).observe(seconds)
+        of_method = self._method(method)
+        of_method.in_flight.dec()
+        of_method.seconds.observe(seconds)
+        answered = of_method.answered.get(code)
+        if answered is None:
+            answered = of_method.answered[code] = self._requests.labels(method, code)
+        answered.inc()
+
+    def _method(self, method: str) -> _MethodMetrics:
+        found = self._of_method.get(method)
+        if found is None:
+            found = self._of_method[method] = _MethodMetrics(self._in_flight.labels(method), self._request_seconds.labels(method))
+        return found
 
     def rejected(self, reason: str) -> None:
         """A request was refused before any work."""

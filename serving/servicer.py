@@ -5,6 +5,7 @@ Knows the protocol's messages and the call's deadline; does not know how a trans
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -24,6 +25,9 @@ from serving.translator import ScoreCommand, StreamCommand, StreamPiece, Transla
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+# Bytes; longer ones hold lists, and are read each time.
+_LONGEST_KNOWN_OPTIONS = 256
 
 _FINISH_REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,
@@ -153,6 +157,17 @@ class TranslationServicer(pb_grpc.TranslationServicer):
 
 
 def _options(options: pb.DecodingOptions) -> RequestOptions:
+    """A client asks for the same options again and again, and to read them takes as long as to tokenize a sentence."""
+    serialized = options.SerializeToString()
+    return _known_options(serialized) if len(serialized) <= _LONGEST_KNOWN_OPTIONS else _read_options(options)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_options(serialized: bytes) -> RequestOptions:
+    return _read_options(pb.DecodingOptions.FromString(serialized))
+
+
+def _read_options(options: pb.DecodingOptions) -> RequestOptions:
     def value(name: str) -> Any:
         return getattr(options, name) if options.HasField(name) else None
 

@@ -52,7 +52,8 @@ def target_tokens(options: RequestOptions, tokenizer: Tokenizer, model_end_ids: 
         suppressed += _suppressed_forms(text, f"options.suppressed_texts[{place}]", tokenizer)
     for place, tokens in enumerate(options.suppressed_sequences):
         suppressed.append(_named_ids(tokens, f"options.suppressed_sequences[{place}]", tokenizer))
-    return TargetTokens(suppressed=tuple(suppressed), end_ids=_end_ids(options.end_tokens, tokenizer, model_end_ids))
+    end_ids = _end_ids(options.end_tokens, tokenizer, model_end_ids) if options.end_tokens else ()
+    return TargetTokens(suppressed=tuple(suppressed), end_ids=end_ids)
 
 
 def _suppressed_forms(text: str, field_name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:

@@ -331,6 +331,29 @@ async def test_methods_nobody_knows_are_unimplemented_and_not_counted() -> None:
     assert not [s for family in registry.collect() if family.name == "onnxlate_requests" for s in family.samples]
 
 
+async def test_a_handler_is_wrapped_once_and_another_of_that_name_anew() -> None:
+    class Details:
+        method = f"/{SERVICE}/Unary"
+
+    async def answer(request: pb.TranslateRequest, context: Any) -> pb.TranslateResponse:
+        return pb.TranslateResponse()
+
+    first, second = grpc.unary_unary_rpc_method_handler(answer), grpc.unary_unary_rpc_method_handler(answer)
+    interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()), longest_s=1.0)
+
+    async def wrapped(handler: Any) -> Any:
+        async def find(details: Any) -> Any:
+            return handler
+
+        return await interceptor.intercept_service(find, Details())  # type: ignore[arg-type]  # a fake
+
+    once = await wrapped(first)
+    assert once is not first
+    assert await wrapped(first) is once
+    assert await wrapped(second) is not once
+    assert await wrapped(None) is None
+
+
 async def test_other_services_pass_untouched() -> None:
     interceptor = RequestInterceptor([SERVICE], ServiceMetrics(CollectorRegistry()), longest_s=PATIENCE_S)
     handler: Any = grpc.unary_unary_rpc_method_handler(fine)

@@ -435,3 +435,31 @@ def test_a_prefix_that_is_its_whole_translation_is_refused_by_name(
     with pytest.raises(InvalidRequestError, match=reason) as raised:
         fake_preparer().prefix_ids(prefix, "target_prefixes[3]", RequestOptions(**options), source_tokens)
     assert raised.value.field == "target_prefixes[3]"
+
+
+def test_options_that_were_checked_are_what_they_were_after_many_others() -> None:
+    preparer = with_defaults(CHOSEN)
+    asked = [RequestOptions(beam_size=4, length_penalty=i / 256) for i in range(600)]
+    for _ in range(2):
+        for i, options in enumerate(asked):
+            preparer.check_options(options)
+            decoding = preparer.decoding_options(options, 10)
+            assert (decoding.beam_size, decoding.length_penalty) == (4, i / 256)
+            assert decoding.no_repeat_ngram_size == CHOSEN.no_repeat_ngram_size
+
+
+def test_options_that_were_refused_are_refused_again() -> None:
+    preparer = fake_preparer()
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError, match=r"^options\.beam_size"):
+            preparer.check_options(RequestOptions(beam_size=99))
+
+
+def test_one_models_defaults_are_not_anothers() -> None:
+    plain, chosen, asked = fake_preparer(), with_defaults(CHOSEN), RequestOptions()
+    for preparer in (plain, chosen):
+        preparer.check_options(asked)
+    assert plain.decoding_options(asked, 10).no_repeat_ngram_size == 0
+    assert chosen.decoding_options(asked, 10).no_repeat_ngram_size == CHOSEN.no_repeat_ngram_size > 0
+    # A copy with other defaults does not remember those of the first.
+    assert replace(chosen, defaults=DefaultOptions()).decoding_options(asked, 10).no_repeat_ngram_size == 0

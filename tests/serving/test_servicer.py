@@ -230,6 +230,22 @@ def test_every_option_of_the_protocol_is_an_option_of_ours() -> None:
     assert ours == {field.name for field in pb.DecodingOptions.DESCRIPTOR.fields}
 
 
+async def test_options_that_come_again_are_the_same_and_others_are_others(
+    servicer: TranslationServicer, engine: ScriptedEngine
+) -> None:
+    long = pb.DecodingOptions(suppressed_texts=["a" * 300])
+    for _ in range(2):
+        for options, longest in (
+            (pb.DecodingOptions(max_target_tokens=3), 3),
+            (pb.DecodingOptions(max_target_tokens=4), 4),
+            (pb.DecodingOptions(), 38),
+        ):
+            await translate(servicer, pb.TranslateRequest(texts=["ab"], options=options))
+            assert engine.submitted[-1].options.max_target_tokens == longest
+        with pytest.raises(InvalidRequestError, match=r"^options\.suppressed_texts\[0\]"):
+            await translate(servicer, pb.TranslateRequest(texts=["ab"], options=long))
+
+
 async def test_what_is_asked_of_targets_reaches_the_engine(servicer: TranslationServicer, engine: ScriptedEngine) -> None:
     options = pb.DecodingOptions(
         prefix_bias=0.25,
