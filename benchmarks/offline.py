@@ -18,7 +18,7 @@ from benchmarks import backend, cells, peers, plots, race, sentences
 from benchmarks.cells import Cell
 from benchmarks.experiment import Plot, Setting
 from benchmarks.models import BASE_RANDOM, BUNDLED, TRAINED, BenchModel, all_models
-from benchmarks.peers.base import Answer, Job, PeerSpec
+from benchmarks.peers.base import Answer, Job, PeerSpec, Split
 from benchmarks.process import PeerUnavailableError
 from benchmarks.race import Field, Lane
 from benchmarks.results import Measurement, Precision, Section
@@ -161,6 +161,13 @@ def ordinary_ids(bundle: Bundle) -> range:
     return range(_FIRST_ORDINARY_ID, bundle.manifest.architecture.source_vocab_size - 1)
 
 
+def splits(peer: str, setting: Setting) -> tuple[Split, ...]:
+    """Those that are tried: all that there are; in quick mode of onnxlate its default alone, which is never far from its best."""
+    if setting.mode == "quick" and peer == peers.ONNXLATE and setting.device == "cpu":
+        return (peers.default_split(setting.cores),)
+    return peers.splits_of(peer, setting.cores, setting.device)
+
+
 def open_field(model: BenchModel, precision: Precision, setting: Setting) -> AbstractContextManager[Field]:
     """A process for every peer, split and choice of kernels."""
 
@@ -168,7 +175,7 @@ def open_field(model: BenchModel, precision: Precision, setting: Setting) -> Abs
         directory = model.directory_for(peer, precision)
         plain = [
             PeerSpec(peer=peer, directory=directory, precision=precision, split=split, device=setting.device)
-            for split in peers.splits_of(peer, setting.cores, setting.device)
+            for split in splits(peer, setting)
         ]
         return [variant for spec in plain for variant in backend.variants(spec)]
 

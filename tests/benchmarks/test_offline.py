@@ -42,6 +42,19 @@ def test_cells_are_the_modes_or_those_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("peer", "options", "expected"),
+    [
+        (peers.ONNXLATE, {"mode": "quick"}, ["2 x 1, 2 alone"]),
+        (peers.ONNXLATE, {"mode": "full"}, ["2 x 1", "1 x 2", "2 x 1, 2 alone"]),
+        (peers.CTRANSLATE2, {"mode": "quick"}, ["2 x 1", "1 x 2"]),
+        (peers.ONNXLATE, {"mode": "quick", "device": "cuda"}, ["1 x 1"]),
+    ],
+)
+def test_quick_mode_leaves_out_splits_of_our_own_alone(peer: str, options: dict[str, Any], expected: list[str]) -> None:
+    assert [str(split) for split in offline.splits(peer, Setting(cores=2, **options))] == expected
+
+
+@pytest.mark.parametrize(
     ("peer", "batch", "text", "full", "expected"),
     [
         pytest.param(peers.ONNXLATE, 1, NATURAL, True, 100, id="captions one at a time"),
