@@ -1,8 +1,9 @@
 """The offline grid: how many tokens a second each library makes of the same sources, and how soon it answers a single one.
 
-A cell is a batch, a beam and a precision. Each library runs it with several splits of the CPUs and is judged by its best; every
-worker has one batch in flight. At batch 1 sources come one at a time, each when the one before it is answered. CTranslate2's
-kernels are part of its split: at batch 1 each split runs with each of them, otherwise with those that won a short trial.
+A cell is a batch, a beam and a precision. Each library runs it with several splits of the CPUs and is judged by its best
+(onnxlate in quick mode by its default); every worker has one batch in flight. At batch 1 sources come one at a time, each when
+the one before it is answered. CTranslate2's kernels are part of its split: at batch 1 each split runs with each of them,
+otherwise with those that won a short trial.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from serving.tokenizers import load_tokenizer
 TITLE = "Offline grid"
 METHOD = (
     "Medians, with the least and the greatest sample in parentheses. Libraries took turns within each cell, and each is compared "
-    "at its own best split of the CPUs."
+    "at its own best split of the CPUs (in quick mode onnxlate at its default)."
 )
 
 SOURCE_TOKENS, TARGET_TOKENS = 33, 32
@@ -161,8 +162,8 @@ def ordinary_ids(bundle: Bundle) -> range:
     return range(_FIRST_ORDINARY_ID, bundle.manifest.architecture.source_vocab_size - 1)
 
 
-def splits(peer: str, setting: Setting) -> tuple[Split, ...]:
-    """Those that are tried: all that there are; in quick mode of onnxlate its default alone, which is never far from its best."""
+def splits_to_try(peer: str, setting: Setting) -> tuple[Split, ...]:
+    """Of onnxlate in quick mode its default alone, which can only be slower than its best; otherwise all that there are."""
     if setting.mode == "quick" and peer == peers.ONNXLATE and setting.device == "cpu":
         return (peers.default_split(setting.cores),)
     return peers.splits_of(peer, setting.cores, setting.device)
@@ -175,7 +176,7 @@ def open_field(model: BenchModel, precision: Precision, setting: Setting) -> Abs
         directory = model.directory_for(peer, precision)
         plain = [
             PeerSpec(peer=peer, directory=directory, precision=precision, split=split, device=setting.device)
-            for split in splits(peer, setting)
+            for split in splits_to_try(peer, setting)
         ]
         return [variant for spec in plain for variant in backend.variants(spec)]
 

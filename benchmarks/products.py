@@ -1,7 +1,7 @@
 """The matrix products of a translation, alone: which they are, and small ONNX graphs of nothing else.
 
-Knows shapes of the paper's Transformer as this project exports it (query, key and value in one product; keys and values of all
-cross-attention layers in another), and how a product is written in each precision. Does not know what a translation takes.
+Knows shapes of the paper's Transformer, products of one input put together as far as they can be (query, key and value; keys and
+values of all cross-attention layers), and how a product is written in each precision. Does not know what a translation takes.
 """
 
 from __future__ import annotations

@@ -33,19 +33,21 @@ RAGGED_DOMAIN = "onnxlate"
 RAGGED_CROSS_ATTENTION = "RaggedCrossAttention"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepLengths:
-    """How far the rows of a step are, and how long their sources."""
+    """How far the rows of a step are, where their new keys go, and how long their sources are."""
 
     positions: Tensor  # [R] int32, keys in the row's cache before this step
     longest: Tensor  # int32 scalar, keys of the longest row after this step
+    places: Tensor  # [R, h, 3] int64, of each row and head where its new key goes: row, head, position
     source: Tensor  # [B] int32
     # The same for the operator that takes a row's last position and the longest row: [B] int32 and int32 scalar.
     last_source: Tensor
     longest_source: Tensor
-    no_keys: Tensor  # [B, 0, h * head_dim]
-    no_own_keys: Tensor  # [R, 0, h * head_dim]
-    places: Tensor  # [R, h, 3] int64, of each row and head where its new key goes: row, head, position
+    # In the place of new keys, where the cache has all of them: of cross-attention [B, 0, h * head_dim], of self-attention
+    # [R, 0, h * head_dim].
+    no_keys: Tensor
+    no_own_keys: Tensor
     # What relative positions add to the scores of self-attention: [R, h, 1, longest]. None where they are in the embedding.
     bias: Tensor | None
 
@@ -78,8 +80,8 @@ def self_attention(
 class CrossAttention(nn.Module):
     """What both ways to attend to the sources have in common."""
 
-    # Whether the operator returns the caches, to be bound in place.
-    owns_caches = False
+    # Whether the operator returns the caches as they came, to be bound in place.
+    keeps_caches = False
 
     def __init__(self, num_heads: int, scales: CacheScales | None = None) -> None:
         """Over floating-point caches, or int8 ones with their scales."""
@@ -129,7 +131,7 @@ class PaddedCrossAttention(CrossAttention):
 class RaggedCrossAttention(CrossAttention):
     """Attends to the sources, each at the cost of its own length; what lies beyond it is never read."""
 
-    owns_caches = True
+    keeps_caches = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, step: StepLengths) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, d_model]; key, value [B, h, S, head_dim] -> attended, as query, and both caches as they were."""
@@ -149,8 +151,8 @@ class RaggedCrossAttention(CrossAttention):
 class CachedSelfAttention(nn.Module):
     """Appends each row's new key and value at the row's own position, in place, and attends to the row's keys so far."""
 
-    # Whether the caches are returned twice: by what appends to them, and by what attends to them; both to be bound in place.
-    returns_caches_twice = False
+    # Whether the operator that attends returns the caches as they came, beside another that appends; both to be bound in place.
+    keeps_caches = False
 
     def __init__(self, num_heads: int) -> None:
         """Over floating-point caches."""
@@ -173,7 +175,7 @@ class CachedSelfAttention(nn.Module):
         rows = qkv.reshape(-1, 1, packed)
         if torch.onnx.is_in_onnx_export():
             attended, key_cache, value_cache = _group_query_attention(
-                (rows, None, None, key_cache, value_cache), step, self.num_heads, (rows.shape[0], 1, packed // 3)
+                rows, None, key_cache, value_cache, step, self.num_heads, shape=(rows.shape[0], 1, packed // 3)
             )
         else:
             query, key, value = (_split(part, self.num_heads) for part in rows.chunk(3, dim=2))  # each [R, h, 1, head_dim]
@@ -188,10 +190,10 @@ class Int8SelfAttention(nn.Module):
     """The same over caches of bytes, for keys and values that come in bytes.
 
     They are written by an operator of their own: the one that attends makes bytes of them one number after another, which takes
-    as long as attending.
+    as long as attending to 8 to 16 keys.
     """
 
-    returns_caches_twice = True
+    keeps_caches = True
 
     def __init__(self, num_heads: int, scales: CacheScales) -> None:
         """With what the bytes stand for."""
@@ -215,16 +217,15 @@ class Int8SelfAttention(nn.Module):
         """
         query, key_value = projected
         rows = query.reshape(-1, 1, query.shape[2])
-        key, value = key_value.reshape(-1, 2 * self.num_heads, query.shape[2] // self.num_heads).chunk(
-            2, dim=1
-        )  # [R, h, head_dim]
+        # Each [R, h, head_dim].
+        key, value = key_value.reshape(-1, 2 * self.num_heads, query.shape[2] // self.num_heads).chunk(2, dim=1)
         if torch.onnx.is_in_onnx_export():
             key_cache, value_cache = (
                 torch.onnx.ops.symbolic("ScatterND", (cache, step.places, new), dtype=cache.dtype, shape=cache.shape)
                 for cache, new in ((key_cache, key), (value_cache, value))
             )
             attended, *kept = _group_query_attention(
-                (rows, step.no_own_keys, step.no_own_keys, key_cache, value_cache), step, self.num_heads, rows.shape, self.scales
+                rows, step.no_own_keys, key_cache, value_cache, step, self.num_heads, shape=rows.shape, scales=self.scales
             )
             return attended.reshape(query.shape), key_cache, value_cache, *kept
         row = torch.arange(rows.shape[0])
@@ -240,7 +241,7 @@ class Int8SelfAttention(nn.Module):
 
 
 def cache_places(positions: Tensor, num_heads: int) -> Tensor:
-    """Positions [R] -> ``StepLengths.places``. A sum, because that takes half as many operators as putting them together."""
+    """Positions [R] -> ``StepLengths.places``. A sum, because that takes fewer operators than putting them together."""
     device = positions.device
     row, head, position = torch.eye(3, dtype=torch.int64, device=device)
     heads = torch.arange(num_heads, device=device)[:, None] * head  # [h, 3]
@@ -266,26 +267,26 @@ def _padded_bias(bias: Tensor | None, cache: Tensor) -> Tensor | None:
 
 
 def _group_query_attention(
-    inputs: tuple[Tensor | None, ...],
+    query: Tensor,
+    no_keys: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
     step: StepLengths,
     num_heads: int,
+    *,
     shape: Sequence[int],
     scales: CacheScales | None = None,
 ) -> tuple[Tensor, ...]:
-    """The operator: attended, of ``shape``, and both caches. Inputs: query, keys, values, and both caches."""
+    """The operator: attended, of ``shape``, and both caches. Without ``no_keys`` the query has new keys and values beside it."""
     optional: list[Tensor | None] = [None] * NUM_UNUSED_INPUTS
     optional[BIAS_INPUT] = step.bias
     optional += _scale_inputs(scales)
     while optional and optional[-1] is None:
         optional.pop()
-    query, *_, key_cache, value_cache = inputs
-    assert query is not None
-    assert key_cache is not None
-    assert value_cache is not None
     return tuple(
         torch.onnx.ops.symbolic_multi_out(
             f"{CONTRIB_DOMAIN}::{GROUP_QUERY_ATTENTION}",
-            (*inputs, step.positions, step.longest, *optional),
+            (query, no_keys, no_keys, key_cache, value_cache, step.positions, step.longest, *optional),
             {"num_heads": num_heads, "kv_num_heads": num_heads, **quantized_cache_attributes(scales is not None)},
             dtypes=(query.dtype, key_cache.dtype, value_cache.dtype),
             shapes=(shape, key_cache.shape, value_cache.shape),

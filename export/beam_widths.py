@@ -68,7 +68,7 @@ class _Builder:
         ]
         self._popular = [width for width in _POPULAR if width < max_width]
         self._others = [width for width in range(1, max_width + 1) if width not in self._popular]
-        # The others are compared where it comes to that, in the branches: there is an operator for each, and few steps need one.
+        # The others are compared in the branches, where it comes to that: greedy search and the usual beams do without.
         self.shared_nodes += [self._comparison("Equal", width, f"ragged.is.{width}") for width in self._popular]
 
     def branches(self, node: NodeProto) -> list[NodeProto]:

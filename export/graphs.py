@@ -38,6 +38,7 @@ LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
 
 # What a graph is laid out for.
 Device = Literal["cpu", "cuda"]
+SelfAttention = attention.CachedSelfAttention | attention.Int8SelfAttention
 CrossAttention = attention.RaggedCrossAttention | attention.PaddedCrossAttention
 
 _CROSS_ATTENTION: dict[Device, type[attention.RaggedCrossAttention] | type[attention.PaddedCrossAttention]] = {
@@ -225,9 +226,7 @@ class GraphDecoderLayer(nn.Module):
         self.cross_residual = layer.cross_attention_residual
         self.feed_forward = GraphFeedForward(layer.feed_forward, linear)
         self.feed_forward_residual = layer.feed_forward_residual
-        self.self_attention: attention.CachedSelfAttention | attention.Int8SelfAttention = attention.CachedSelfAttention(
-            config.num_heads
-        )
+        self.self_attention: SelfAttention = attention.CachedSelfAttention(config.num_heads)
         self.cross_attention = cross_attention
         self.relative_positions = _tabulated(layer.relative_positions)
 
@@ -237,8 +236,8 @@ class GraphDecoderLayer(nn.Module):
         """One step: x [B, W, d_model], own cache [R, h, C, head_dim], cross cache [B, h, S, head_dim].
 
         Returns:
-            X and the query of cross-attention, both of the same shape; the own cache with this step's keys and values, which is
-            there twice if its attention ``returns_caches_twice``; and the cross cache as it was.
+            X and the query of cross-attention, both of the same shape; the own cache with this step's keys and values, once more
+            if its attention ``keeps_caches``; and the cross cache as it was.
         """
         if self.relative_positions is not None:
             step = replace(step, bias=self.relative_positions.of_rows(step.positions, step.longest))
@@ -324,7 +323,7 @@ class DecoderStepGraph(nn.Module):
         super().__init__()
         config = model.config
         cross_attention = _CROSS_ATTENTION[device]
-        self.keeps_cross_cache = cross_attention.owns_caches
+        self.keeps_cross_cache = cross_attention.keeps_caches
         self.alignment_layer = config.num_decoder_layers - 1 if config.alignment_layer is None else config.alignment_layer
         self.alignment_heads = config.alignment_heads or config.num_heads
         self.num_heads, self.width_of_keys = config.num_heads, config.num_heads * config.head_dim
@@ -341,7 +340,7 @@ class DecoderStepGraph(nn.Module):
     @property
     def keeps_self_cache(self) -> bool:
         """Whether attention returns the self-attention cache beside what appends to it."""
-        return all(isinstance(x, GraphDecoderLayer) and x.self_attention.returns_caches_twice for x in self.layers)
+        return all(isinstance(x, GraphDecoderLayer) and x.self_attention.keeps_caches for x in self.layers)
 
     def forward(
         self,
@@ -377,15 +376,15 @@ class DecoderStepGraph(nn.Module):
         x = self.embedding(target_ids, positions)  # [B, W, d_model]
         rows = positions.reshape(-1)
         step = attention.StepLengths(
-            rows,
-            longest,
-            source_lengths,
-            source_lengths - 1,
-            source_lengths.amax(dim=0),
-            x.new_zeros(x.shape[0], 0, self.width_of_keys),
-            x.new_zeros(rows.shape[0], 0, self.width_of_keys),
-            attention.cache_places(rows, self.num_heads),
-            None if self.relative_positions is None else self.relative_positions.of_rows(rows, longest),
+            positions=rows,
+            longest=longest,
+            places=attention.cache_places(rows, self.num_heads),
+            source=source_lengths,
+            last_source=source_lengths - 1,
+            longest_source=source_lengths.amax(dim=0),
+            no_keys=x.new_zeros(x.shape[0], 0, self.width_of_keys),
+            no_own_keys=x.new_zeros(rows.shape[0], 0, self.width_of_keys),
+            bias=None if self.relative_positions is None else self.relative_positions.of_rows(rows, longest),
         )
         appended: list[Tensor] = []
         own_kept: list[Tensor] = []

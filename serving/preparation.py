@@ -87,7 +87,7 @@ class Direction:
 
 # Of a model that need not be told.
 UNTOLD = Direction()
-# Options that are remembered; each has lists of at most some thousand characters.
+# Options that are remembered.
 _MOST_FILLED = 256
 
 
@@ -113,6 +113,7 @@ class TextPreparer:
     defaults: DefaultOptions = field(default_factory=DefaultOptions)
     limits: TranslationLimits
     # Options that were checked, of late, and what the model's defaults made of them: clients ask for the same again and again.
+    # None with lists, which may be long.
     _filled: dict[RequestOptions, RequestOptions] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def direction(self, source_language: str, target_language: str) -> Direction:
@@ -162,17 +163,18 @@ class TextPreparer:
 
     def check_options(self, options: RequestOptions) -> None:
         """Refuse options out of bounds; see ``request_options.check_options``."""
-        if options in self._filled:
+        if not options.has_lists and options in self._filled:
             return
         filled = self._with_defaults(options)
         check_options(filled, self.limits)
-        if len(self._filled) >= _MOST_FILLED:
-            self._filled.clear()
-        self._filled[options] = filled
+        if not options.has_lists:
+            if len(self._filled) >= _MOST_FILLED:
+                self._filled.clear()
+            self._filled[options] = filled
 
     def _with_defaults(self, options: RequestOptions) -> RequestOptions:
         """Options with the model's own in the place of those that are not set, but for the longest length."""
-        if (known := self._filled.get(options)) is not None:
+        if not options.has_lists and (known := self._filled.get(options)) is not None:
             return known
         defaults = self.defaults
         # A caller who wants it short means it.

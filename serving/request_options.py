@@ -91,6 +91,11 @@ class RequestOptions:
     max_source_tokens: int | None = None
 
     @property
+    def has_lists(self) -> bool:
+        """Whether it holds more than some numbers."""
+        return bool(self.suppressed_texts or self.suppressed_sequences or self.end_tokens)
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the engine has to tell it."""
         return bool(self.return_attention or self.replace_unknowns)

@@ -26,7 +26,7 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Translation"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# Bytes; longer ones hold lists, and are read each time.
+# Bytes. What is longer holds lists, and is read each time.
 _LONGEST_KNOWN_OPTIONS = 256
 
 _FINISH_REASONS = {
@@ -157,9 +157,10 @@ class TranslationServicer(pb_grpc.TranslationServicer):
 
 
 def _options(options: pb.DecodingOptions) -> RequestOptions:
-    """A client asks for the same options again and again, and to read them takes as long as to tokenize a sentence."""
-    serialized = options.SerializeToString()
-    return _known_options(serialized) if len(serialized) <= _LONGEST_KNOWN_OPTIONS else _read_options(options)
+    """A client asks for the same options again and again: they are read once."""
+    if options.ByteSize() > _LONGEST_KNOWN_OPTIONS:
+        return _read_options(options)
+    return _known_options(options.SerializeToString())
 
 
 @functools.lru_cache(maxsize=256)

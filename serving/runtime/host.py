@@ -84,7 +84,7 @@ class HostLaneDecoder(LaneDecoder):
         super().__init__(target_ids, positions, num_candidates)
         self._shared = shared
         self._lone = lone
-        # Which caches the graph returns, by operators that append to them, that own them, or both.
+        # All that the graph returns: caches by operators that append to them, by operators that keep them, or by both.
         self._returned = {output.name for output in shared.get_outputs()}
         self._cache = cache
 

@@ -51,7 +51,7 @@ def test_cells_are_the_modes_or_those_asked_for(
     ],
 )
 def test_quick_mode_leaves_out_splits_of_our_own_alone(peer: str, options: dict[str, Any], expected: list[str]) -> None:
-    assert [str(split) for split in offline.splits(peer, Setting(cores=2, **options))] == expected
+    assert [str(split) for split in offline.splits_to_try(peer, Setting(cores=2, **options))] == expected
 
 
 @pytest.mark.parametrize(

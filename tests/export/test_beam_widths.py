@@ -89,14 +89,17 @@ def run_in_place(traced: Traced, feeds: Feeds) -> tuple[Feeds, Feeds]:
         Candidates and logits, and the caches afterwards.
     """
     binding = traced.session.io_binding()
+    returned = {output.name for output in traced.session.get_outputs()}
     caches = {name: np.ascontiguousarray(array.copy()) for name, array in feeds.items() if "cache" in name}
     for name, array in feeds.items():
         value = ort.OrtValue.ortvalue_from_numpy(caches.get(name, array))
         binding.bind_ortvalue_input(name, value)
         if name in caches:
             kind, _, number = name.partition(".")
-            after = {"self_cache": "self_cache_appended", "cross_cache": "cross_cache_kept"}[kind]
-            binding.bind_ortvalue_output(f"{after}.{number}", value)
+            after = {f"{kind}_appended.{number}", f"{kind}_kept.{number}"} & returned
+            assert after, f"{name} is not returned"
+            for output in after:
+                binding.bind_ortvalue_output(output, value)
     names = ("candidate_ids", "candidate_log_probs", "logits", "attention")
     for name in names:
         binding.bind_output(name)

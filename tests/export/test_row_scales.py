@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +14,16 @@ from onnx import TensorProto
 from torch import nn
 
 from export import verify
-from export.graphs import DecoderStepGraph, EncoderGraph
-from export.model import Transformer
 from export.onnx_export import export_decoder, export_encoder
 from export.pipeline import export_bundle
 from export.quantize import Int8TokenTable
 from export.row_scales import RowScaledInt8Linear, row_scaled_graphs
-from export.samples import Sample
 from serving.errors import ExportError
 from serving.manifest import Int8Scales, Precision
 from serving.runtime import load_graph
+from tests.export.int8_graphs import SAMPLES, Int8Graphs, assert_near_float32, small_model
 from tests.export.test_quantize import normal, traced
-from tests.support import SAMPLE_LINES, T5, tiny_config, tiny_model, write_tiny_checkpoint
-
-SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3)), Sample((40, 41, 5, 6, 7, 8, 9, 10, 3))]
+from tests.support import SAMPLE_LINES, T5, write_tiny_checkpoint
 
 # The layer.
 
@@ -91,28 +86,15 @@ def test_a_row_does_not_depend_on_loud_neighbours_in_any_bit() -> None:
 # The graphs.
 
 
-@dataclass(frozen=True, slots=True)
-class RowScaled:
-    """A model, the sentences, and the graphs that were made of it."""
-
-    model: Transformer
-    references: list[verify.Reference]
-    encoder: EncoderGraph
-    decoder: DecoderStepGraph
-    encoder_onnx: bytes
-    decoder_onnx: bytes
-
-
 @pytest.fixture(scope="module", params=[{}, T5], ids=["paper", "t5"])
-def row_scaled(request: pytest.FixtureRequest) -> RowScaled:
-    sizes = {"num_decoder_layers": 2, "d_model": 32, "num_heads": 2, "encoder_d_ff": 64, "decoder_d_ff": 48}
-    model = tiny_model(tiny_config(**sizes, **request.param))
+def row_scaled(request: pytest.FixtureRequest) -> Int8Graphs:
+    model = small_model(**request.param)
     encoder, decoder = row_scaled_graphs(model)
     encoder_onnx, decoder_onnx = export_encoder(encoder).serialized(), export_decoder(decoder, model.config).serialized()
-    return RowScaled(model, verify.make_references(model, SAMPLES), encoder, decoder, encoder_onnx, decoder_onnx)
+    return Int8Graphs(model, verify.make_references(model, SAMPLES), encoder, decoder, encoder_onnx, decoder_onnx)
 
 
-def test_every_product_and_table_is_in_bytes(row_scaled: RowScaled) -> None:
+def test_every_product_and_table_is_in_bytes(row_scaled: Int8Graphs) -> None:
     gates = 2 if row_scaled.model.config.gated else 0
     for graph in (row_scaled.encoder, row_scaled.decoder):
         modules = list(graph.modules())
@@ -122,27 +104,18 @@ def test_every_product_and_table_is_in_bytes(row_scaled: RowScaled) -> None:
         assert len([module for module in modules if isinstance(module, RowScaledInt8Linear)]) == 2 * 6 + gates + 1
 
 
-def test_logits_are_near_those_of_float32(row_scaled: RowScaled) -> None:
-    config = row_scaled.model.config
-    steppers = {
-        "eager": verify.module_stepper(config, row_scaled.encoder, row_scaled.decoder),
-        "onnx": verify.onnx_stepper(config, row_scaled.encoder_onnx, row_scaled.decoder_onnx, name="onnx"),
-    }
-    spread = float(np.std(np.concatenate([reference.logits for reference in row_scaled.references])))
-    for stepper in steppers.values():
-        measured = verify.compare(row_scaled.references, stepper, config, name="int8", tolerance=None)
-        assert 0 < measured.max_abs_logit_difference < 0.25 * spread
-        # The best tokens of a random model are often nearly equal.
-        assert measured.token_agreement > 0.75
+def test_logits_are_near_those_of_float32(row_scaled: Int8Graphs) -> None:
+    # The best tokens of a random model are often nearly equal.
+    assert_near_float32(row_scaled, token_agreement=0.75)
 
 
-def test_caches_come_and_go_in_float32(row_scaled: RowScaled) -> None:
+def test_caches_come_and_go_in_float32(row_scaled: Int8Graphs) -> None:
     encoder, decoder = (onnx.load_from_string(m).graph for m in (row_scaled.encoder_onnx, row_scaled.decoder_onnx))
     types = {v.name: v.type.tensor_type.elem_type for v in (*encoder.output, *decoder.input, *decoder.output)}
     assert {kind for name, kind in types.items() if "cache" in name} == {TensorProto.FLOAT}
 
 
-def test_what_several_products_read_is_quantized_once(row_scaled: RowScaled, tmp_path: Path) -> None:
+def test_what_several_products_read_is_quantized_once(row_scaled: Int8Graphs, tmp_path: Path) -> None:
     config = row_scaled.model.config
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -156,7 +129,7 @@ def test_what_several_products_read_is_quantized_once(row_scaled: RowScaled, tmp
         assert kinds.count(kind) == layers * 4 + 1
 
 
-def test_a_source_is_the_same_among_any_neighbours(row_scaled: RowScaled) -> None:
+def test_a_source_is_the_same_among_any_neighbours(row_scaled: Int8Graphs) -> None:
     session, rng = load_graph(row_scaled.encoder_onnx), np.random.default_rng(0)
     ids, lengths = rng.integers(4, 64, (9, 13)), np.array([13, 1, 7, 9, 2, 12, 13, 4, 8], np.int32)
     (together,) = session.run(["cross_cache"], {"source_ids": ids, "source_lengths": lengths})
@@ -165,7 +138,7 @@ def test_a_source_is_the_same_among_any_neighbours(row_scaled: RowScaled) -> Non
         assert np.array_equal(alone[:, 0], together[:, i, :, :length])
 
 
-def test_a_step_is_the_same_among_any_neighbours(row_scaled: RowScaled) -> None:
+def test_a_step_is_the_same_among_any_neighbours(row_scaled: Int8Graphs) -> None:
     session, rng = load_graph(row_scaled.decoder_onnx), np.random.default_rng(1)
     positions = rng.integers(0, 9, (32, 1)).astype(np.int32)
     loudness = np.logspace(-3, 3, 32)[:, None, None, None]

@@ -514,6 +514,32 @@ class Recorder(NullObserver):
         self.first_tokens += 1
 
 
+def test_every_cache_that_the_graph_returns_is_bound_to_the_memory_it_came_in(tiny_bundle: Bundle) -> None:
+    """One that is not would be copied whole in each step."""
+
+    class Binding:
+        def __init__(self) -> None:
+            self.inputs: dict[str, int] = {}
+            self.outputs: dict[str, int] = {}
+
+        def bind_ortvalue_input(self, name: str, value: Any) -> None:
+            self.inputs[name] = value.data_ptr()
+
+        def bind_ortvalue_output(self, name: str, value: Any) -> None:
+            self.outputs[name] = value.data_ptr()
+
+    session = HostModelSession(tiny_bundle)
+    cache = session.make_cache(num_slots=3, width=2, target_capacity=16, source_capacity=8)
+    decoder = session.bind(cache, np.zeros((3, 2), np.int64), np.zeros((3, 2), np.int32), 5)
+    decoder._bind_memory(binding := Binding(), 2)
+    returned = {output.name for output in session._shared.decoder.get_outputs() if "_cache_" in output.name}
+    assert set(binding.outputs) == returned
+    assert {name.partition("_cache_")[0] for name in returned} == {"self", "cross"}
+    for name, address in binding.outputs.items():
+        kind, _, rest = name.partition("_cache_")
+        assert address == binding.inputs[f"{kind}_cache.{rest.partition('.')[2]}"]
+
+
 def test_rows_join_and_leave_between_steps(tiny_bundle: Bundle) -> None:
     """Six sources through four rows: the fifth joins as soon as the first one leaves, in the middle of the others."""
     recorder = Recorder()

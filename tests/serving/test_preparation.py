@@ -446,6 +446,15 @@ def test_options_that_were_checked_are_what_they_were_after_many_others() -> Non
             decoding = preparer.decoding_options(options, 10)
             assert (decoding.beam_size, decoding.length_penalty) == (4, i / 256)
             assert decoding.no_repeat_ngram_size == CHOSEN.no_repeat_ngram_size
+    assert 0 < len(preparer._filled) <= 256
+
+
+@pytest.mark.parametrize("name", ["suppressed_texts", "end_tokens", "suppressed_sequences"])
+def test_options_that_may_be_large_are_not_remembered(name: str) -> None:
+    preparer = fake_preparer()
+    for _ in range(2):
+        preparer.check_options(RequestOptions(**{name: (("a",),) if name == "suppressed_sequences" else ("a",)}))  # type: ignore[arg-type]  # lists of each kind
+    assert not preparer._filled
 
 
 def test_options_that_were_refused_are_refused_again() -> None:

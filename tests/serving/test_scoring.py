@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -25,19 +25,6 @@ FAR_S = 1e9
 
 def ids(text: str) -> tuple[int, ...]:
     return tuple(ByteTokenizer().encode(text))
-
-
-@pytest.fixture
-def engine() -> Iterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.start()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-async def translator(engine: ScriptedEngine) -> Translator:
-    return Translator(fake_preparer(), engine, asyncio.get_running_loop())
 
 
 def command(

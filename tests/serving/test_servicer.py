@@ -10,7 +10,7 @@ from serving.errors import InvalidRequestError, ModelLoadingError
 from serving.pb import translation_pb2 as pb
 from serving.request import FinishReason, Hypothesis, Outcome, PrefixBias
 from serving.request_options import RequestOptions
-from serving.servicer import _FINISH_REASONS, SERVICE_NAME, TranslationServicer
+from serving.servicer import _FINISH_REASONS, SERVICE_NAME, TranslationServicer, _known_options
 from serving.translator import Translator
 from tests.fakes import UNKNOWN_ID, ByteTokenizer, FakeClock, ScriptedEngine, fake_model
 
@@ -234,6 +234,7 @@ async def test_options_that_come_again_are_the_same_and_others_are_others(
     servicer: TranslationServicer, engine: ScriptedEngine
 ) -> None:
     long = pb.DecodingOptions(suppressed_texts=["a" * 300])
+    _known_options.cache_clear()
     for _ in range(2):
         for options, longest in (
             (pb.DecodingOptions(max_target_tokens=3), 3),
@@ -244,6 +245,8 @@ async def test_options_that_come_again_are_the_same_and_others_are_others(
             assert engine.submitted[-1].options.max_target_tokens == longest
         with pytest.raises(InvalidRequestError, match=r"^options\.suppressed_texts\[0\]"):
             await translate(servicer, pb.TranslateRequest(texts=["ab"], options=long))
+    known = _known_options.cache_info()
+    assert (known.misses, known.hits) == (3, 3), "long options are remembered, or short ones are not"
 
 
 async def test_what_is_asked_of_targets_reaches_the_engine(servicer: TranslationServicer, engine: ScriptedEngine) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -34,19 +33,6 @@ from tests.fakes import (
 )
 
 FAR_S = 1e9
-
-
-@pytest.fixture
-def engine() -> Iterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.start()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-async def translator(engine: ScriptedEngine) -> Translator:
-    return Translator(fake_preparer(), engine, asyncio.get_running_loop())
 
 
 def command(
