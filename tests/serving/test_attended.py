@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -61,14 +60,6 @@ def test_where_all_text_is_known_nothing_is_replaced() -> None:
 
     one = hypothesis(UNKNOWN_ID, attention=[[1.0]])
     assert attended_target(one, source("a", replaces_unknowns=True), Knowing()).text == ""
-
-
-@pytest.fixture
-def engine() -> Iterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.start()
-    yield engine
-    engine.close()
 
 
 async def translate(

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -332,8 +333,7 @@ async def test_methods_nobody_knows_are_unimplemented_and_not_counted() -> None:
 
 
 async def test_a_handler_is_wrapped_once_and_another_of_that_name_anew() -> None:
-    class Details:
-        method = f"/{SERVICE}/Unary"
+    details: Any = SimpleNamespace(method=f"/{SERVICE}/Unary")
 
     async def answer(request: pb.TranslateRequest, context: Any) -> pb.TranslateResponse:
         return pb.TranslateResponse()
@@ -345,7 +345,7 @@ async def test_a_handler_is_wrapped_once_and_another_of_that_name_anew() -> None
         async def find(details: Any) -> Any:
             return handler
 
-        return await interceptor.intercept_service(find, Details())  # type: ignore[arg-type]  # a fake
+        return await interceptor.intercept_service(find, details)
 
     once = await wrapped(first)
     assert once is not first

@@ -449,11 +449,18 @@ def test_options_that_were_checked_are_what_they_were_after_many_others() -> Non
     assert 0 < len(preparer._filled) <= 256
 
 
-@pytest.mark.parametrize("name", ["suppressed_texts", "end_tokens", "suppressed_sequences"])
-def test_options_that_may_be_large_are_not_remembered(name: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        RequestOptions(suppressed_texts=("a",)),
+        RequestOptions(suppressed_sequences=(("a",),)),
+        RequestOptions(end_tokens=("a",)),
+    ],
+)
+def test_options_that_may_be_large_are_not_remembered(options: RequestOptions) -> None:
     preparer = fake_preparer()
     for _ in range(2):
-        preparer.check_options(RequestOptions(**{name: (("a",),) if name == "suppressed_sequences" else ("a",)}))  # type: ignore[arg-type]  # lists of each kind
+        preparer.check_options(options)
     assert not preparer._filled
 
 
