@@ -131,7 +131,8 @@ class Engine:
     def next_admission(self, worker: Worker) -> Admission | None:
         """Wait until the worker has something to do; returns what it has to encode first, or None when it has to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or worker.is_running or self._scheduler.has_work(worker.number))
+            while not (self._stopping or worker.is_running or self._scheduler.has_work(worker.number)):
+                self._changed.wait()
             if self._stopping:
                 return None
             admission = self._scheduler.take(worker.number, self._clock())
@@ -210,9 +211,10 @@ class Worker:
             try:
                 self._encode(admission.admitted, alone=admission.alone)
                 for lane in [lane for lane in self._lanes.values() if lane.num_rows]:
-                    self._drop_dead(lane)
+                    self._drop_dead(lane, cancelled_some=admission.cancelled_some)
                     self._step(lane, alone=admission.alone)
-                self._forget_empty_lanes()
+                    if not lane.num_rows:
+                        self._forget_empty_lanes()
             except Exception as error:  # nobody foresaw it: what this worker holds is told, and it goes on with nothing
                 self._start_over(error)
         self._abandon(ShuttingDownError("the server is shutting down"))
@@ -256,10 +258,10 @@ class Worker:
         if finished:
             self._report_use()
 
-    def _drop_dead(self, lane: Lane) -> None:
+    def _drop_dead(self, lane: Lane, *, cancelled_some: bool) -> None:
         """Free the rows of sequences that were cancelled or have expired."""
         now_s = self._clock()
-        if any(s.cancelled or s.expires_at_s <= now_s for s in lane.sequences):
+        if cancelled_some or lane.expires_at_s <= now_s:
             self._deliver(lane.drop(lambda sequence: reason_to_leave(sequence, now_s)))
             self._report_use()
 

@@ -8,6 +8,7 @@ Slots 0 .. n-1 are in use. When a source leaves, the last one moves into its slo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from serving.errors import EngineError
 from serving.kv_cache import EncodedSource
 from serving.request import Hypothesis, Outcome, Sequence
 from serving.runtime import LaneDecoder, ModelSession
-from serving.search import LaneSearch, make_lane_search
+from serving.search import make_lane_search
 
 # Positions of a new lane's self-attention cache; it doubles when a target outgrows it.
 _FIRST_TARGET_CAPACITY = 16
@@ -62,9 +63,7 @@ class Lane:
         num_slots = max_rows // width
         self.width = width
         self._session = session
-        self._search: LaneSearch = make_lane_search(
-            width, num_slots, _FIRST_TARGET_CAPACITY, session.eos_id, session.decoder_start_id
-        )
+        self._search = make_lane_search(width, num_slots, session.eos_id, session.decoder_start_id)
         self.cache = session.make_cache(
             num_slots=num_slots, width=width, target_capacity=_FIRST_TARGET_CAPACITY, source_capacity=source_capacity
         )
@@ -79,6 +78,8 @@ class Lane:
         # Those of them that have no token yet.
         self._fresh: list[Sequence] = []
         self._num_streaming = 0
+        # None of its sequences expires before.
+        self.expires_at_s = math.inf
         self._steps = 0
         self._rows_stepped = 0
 
@@ -112,6 +113,7 @@ class Lane:
         self._running.append(_Running(sequence, self._clock(), self._steps, self._rows_stepped, hidden))
         self._fresh.append(sequence)
         self._num_streaming += sequence.on_token is not None
+        self.expires_at_s = min(self.expires_at_s, sequence.expires_at_s)
 
     def step(self, *, alone: bool = False) -> list[tuple[Sequence, Outcome]]:
         """Decode one token of every row; a sequence that is done leaves.
@@ -126,26 +128,29 @@ class Lane:
             EngineError: the runtime failed; the lane cannot be used any more.
         """
         num_sources = len(self._running)
-        longest = int(self._search.num_tokens[:num_sources, 0].max()) + 1
+        longest = self._search.longest(num_sources) + 1
         self._make_room(longest)
         stepped = self._decoder.step(
             num_sources,
             longest,
-            log_probs_wanted=self._search.needs_log_probs(num_sources),
-            logits_wanted=self._search.needs_logits(num_sources),
+            log_probs_wanted=self._search.needs_log_probs,
+            logits_wanted=self._search.needs_logits,
             attention_wanted=self._search.needs_attention,
             alone=alone,
         )
         advance = self._search.advance(
             num_sources, stepped.candidate_ids, stepped.candidate_log_probs, stepped.logits, stepped.attention
         )
-        self.cache.copy_rows(advance.forks)
+        if advance.forks:
+            self.cache.copy_rows(advance.forks)
         self._steps += 1
         self._rows_stepped += num_sources * self.width
         self._fresh.clear()
         hypotheses = {slot: self._search.hypotheses(slot) for slot in advance.finished}
         if self._num_streaming:
             self._tell(hypotheses)
+        if not hypotheses:
+            return []
         left = self._free(advance.finished)
         return [(sequence, _outcome(sequence, best)) for sequence, best in zip(left, hypotheses.values(), strict=True)]
 
@@ -155,7 +160,7 @@ class Lane:
             if running.sequence.on_token is None:
                 continue
             if slot not in finished:
-                running.tell(self._search.decided(slot)[running.told :].tolist())
+                running.tell(self._search.decided(slot)[running.told :])
             elif finished[slot]:
                 hidden = running.sequence.options.hidden_prefix_tokens
                 running.tell(finished[slot][0].target_ids[running.told - hidden :])
@@ -164,9 +169,10 @@ class Lane:
         """Take out the sequences that have a reason to leave, in the middle of their decoding."""
         reasons = [reason_to_leave(running.sequence) for running in self._running]
         slots = [slot for slot, reason in enumerate(reasons) if reason is not None]
+        left = self._free(slots)
+        self.expires_at_s = min((running.sequence.expires_at_s for running in self._running), default=math.inf)
         return [
-            (sequence, Outcome(timings=sequence.timings, error=reasons[slot]))
-            for slot, sequence in zip(slots, self._free(slots), strict=True)
+            (sequence, Outcome(timings=sequence.timings, error=reasons[slot])) for slot, sequence in zip(slots, left, strict=True)
         ]
 
     def _free(self, slots: list[int]) -> list[Sequence]:
@@ -186,7 +192,7 @@ class Lane:
             self._search.leave(slot)
             last = len(self._running) - 1
             if slot != last:
-                self.cache.move_source(last, slot, int(self._search.num_tokens[last].max()))
+                self.cache.move_source(last, slot, self._search.length(last))
                 self._search.move(last, slot)
                 self._running[slot] = self._running[last]
             self._running.pop()
@@ -195,9 +201,7 @@ class Lane:
     def _make_room(self, positions: int) -> None:
         """Grow the self-attention cache when the next step would not fit."""
         if positions > self.cache.target_capacity:
-            capacity = 2 * self.cache.target_capacity
-            self.cache.grow_target(capacity, len(self._running))
-            self._search.grow(capacity)
+            self.cache.grow_target(2 * self.cache.target_capacity, len(self._running))
             self._decoder.rebind()
 
     def _make_source_room(self, length: int, num_slots_used: int) -> None:

@@ -36,6 +36,8 @@ class Admission:
     dropped: list[tuple[Sequence, Exception]] = field(default_factory=list)
     # Whether no other worker has anything to do now.
     alone: bool = False
+    # Whether some sequence was cancelled since this worker was last told what to do.
+    cancelled_some: bool = False
 
 
 class Scheduler:
@@ -54,6 +56,8 @@ class Scheduler:
         # When the queue has to be looked through for sequences that are over.
         self._earliest_expiry_s = math.inf
         self._cancelled_some = False
+        # Of each worker, whether it has to look through its rows for such as were cancelled.
+        self._cancelled_since = [False] * num_workers
         self._completion_interval_s = 0.0
         self._last_completion_s: float | None = None
 
@@ -115,6 +119,7 @@ class Scheduler:
         for sequence in sequences:
             sequence.cancelled = True
         self._cancelled_some = True
+        self._cancelled_since = [True] * len(self._cancelled_since)
 
     def take(self, worker: int, now_s: float) -> Admission:
         """What this worker encodes before its next step; their rows count as its own until ``leave``.
@@ -124,8 +129,9 @@ class Scheduler:
         dropped: list[tuple[Sequence, Exception]] = []
         self._drop_dead(dropped, now_s)
         self._assign(worker)
-        alone = not any(rows for other, rows in enumerate(self._rows) if other != worker)
-        admission = Admission(dropped=dropped, alone=alone)
+        alone = sum(self._rows) == self._rows[worker]
+        admission = Admission(dropped=dropped, alone=alone, cancelled_some=self._cancelled_since[worker])
+        self._cancelled_since[worker] = False
         budget = self._config.encoder_batch_tokens
         mine = self._assigned[worker]
         while mine and (not admission.admitted or len(mine[0].source_ids) <= budget):
@@ -162,6 +168,8 @@ class Scheduler:
 
     def _assign(self, asking: int) -> None:
         """Hand the head of the queue to the worker with the most room, again and again; of equals, to the one that asks."""
+        if not self._waiting:
+            return
         room = self._config.max_rows_per_worker
         # With more waiting than that, a few free rows are left free until several sources can be encoded together: one by one
         # costs an encoder half as much again for each.

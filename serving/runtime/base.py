@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -117,17 +118,23 @@ class LaneDecoder(ABC):
         slots, width = target_ids.shape
         self._target_ids = target_ids
         self._positions = positions
-        self._longest = np.zeros((), np.int32)
-        self._log_probs_wanted = np.ones((), np.bool_)
-        self._attention_wanted = np.zeros((), np.bool_)
-        self._ranks = np.arange(num_candidates, dtype=np.int64)
+        # By the graph's name, what it reads in host memory beside the rows' own.
+        longest, log_probs_wanted, attention_wanted = np.zeros((), np.int32), np.ones((), np.bool_), np.zeros((), np.bool_)
+        self._told: dict[str, NDArray[Any]] = {
+            "longest": longest,
+            "candidate_ranks": np.arange(num_candidates, dtype=np.int64),
+            "log_probs_wanted": log_probs_wanted,
+            "attention_wanted": attention_wanted,
+        }
+        # What changes of that from step to step, to be written without a call of NumPy's.
+        self._longest, self._log_probs_wanted, self._attention_wanted = longest.data, log_probs_wanted.data, attention_wanted.data
         self._candidate_ids = np.zeros((slots, width, num_candidates), np.int64)
         self._candidate_log_probs = np.zeros((slots, width, num_candidates), np.float32)
         # [slots, width, padded vocabulary], once somebody wants them.
         self._logits: NDArray[np.float32] | None = None
         # [slots, width, source capacity], once somebody wants it.
         self._attention: NDArray[np.float32] | None = None
-        self._bindings: dict[Hashable, ort.IOBinding] = {}
+        self._bindings: dict[Hashable, tuple[ort.IOBinding, Stepped]] = {}
 
     def rebind(self) -> None:
         """Forget every binding: the cache's memory is new, and its capacity may be."""
@@ -157,26 +164,32 @@ class LaneDecoder(ABC):
         Raises:
             EngineError: the runtime failed; the rows' caches are then in no defined state.
         """
-        self._longest[...] = longest
-        self._log_probs_wanted[...] = log_probs_wanted
-        self._attention_wanted[...] = attention_wanted
+        self._longest[()] = longest
+        self._log_probs_wanted[()] = log_probs_wanted
+        self._attention_wanted[()] = attention_wanted
         session = self._session(alone=alone)
         key = self._prepare(num_sources, session), logits_wanted, attention_wanted
-        binding = self._bindings.get(key)
-        if binding is None:
-            binding = self._bindings[key] = session.io_binding()
-            self._bind_host(binding, num_sources)
-            self._bind_memory(binding, num_sources)
-            if logits_wanted:
-                self._bind_logits(binding, num_sources, session)
-            if attention_wanted:
-                self._bind_attention(binding, num_sources)
+        bound = self._bindings.get(key)
+        if bound is None:
+            bound = self._bindings[key] = self._bind(
+                session, num_sources, logits_wanted=logits_wanted, attention_wanted=attention_wanted
+            )
+        binding, stepped = bound
         run_graph(session, binding)
-        return Stepped(
+        return stepped
+
+    def _bind(
+        self, session: ort.InferenceSession, num_sources: int, *, logits_wanted: bool, attention_wanted: bool
+    ) -> tuple[ort.IOBinding, Stepped]:
+        """All that a step reads and writes, and what of it is for the search."""
+        binding = session.io_binding()
+        self._bind_host(binding, num_sources)
+        self._bind_memory(binding, num_sources)
+        return binding, Stepped(
             self._candidate_ids[:num_sources],
             self._candidate_log_probs[:num_sources],
-            self._logits[:num_sources] if logits_wanted and self._logits is not None else None,
-            self._attention[:num_sources] if attention_wanted and self._attention is not None else None,
+            self._bind_logits(binding, num_sources, session) if logits_wanted else None,
+            self._bind_attention(binding, num_sources) if attention_wanted else None,
         )
 
     @property
@@ -198,27 +211,25 @@ class LaneDecoder(ABC):
 
     def _bind_host(self, binding: ort.IOBinding, num_sources: int) -> None:
         """Bind what is in host memory on every device: what operators read there, and what is for the search."""
-        inputs = {
-            "longest": self._longest,
-            "candidate_ranks": self._ranks,
-            "log_probs_wanted": self._log_probs_wanted,
-            "attention_wanted": self._attention_wanted,
-        }
-        for name, array in inputs.items():
+        for name, array in self._told.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, values in (("candidate_ids", self._candidate_ids), ("candidate_log_probs", self._candidate_log_probs)):
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(values[:num_sources]))
 
-    def _bind_logits(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
+    def _bind_logits(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> NDArray[np.float32]:
         if self._logits is None:
             (columns,) = (output.shape[2] for output in session.get_outputs() if output.name == "logits")
             self._logits = np.zeros((*self._target_ids.shape, columns), np.float32)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[:num_sources]))
+        logits = self._logits[:num_sources]
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        return logits
 
-    def _bind_attention(self, binding: ort.IOBinding, num_sources: int) -> None:
+    def _bind_attention(self, binding: ort.IOBinding, num_sources: int) -> NDArray[np.float32]:
         if self._attention is None:
             self._attention = np.zeros((*self._target_ids.shape, self._source_capacity), np.float32)
-        binding.bind_ortvalue_output("attention", ort.OrtValue.ortvalue_from_numpy(self._attention[:num_sources]))
+        attention = self._attention[:num_sources]
+        binding.bind_ortvalue_output("attention", ort.OrtValue.ortvalue_from_numpy(attention))
+        return attention
 
 
 def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

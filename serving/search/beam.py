@@ -31,25 +31,31 @@ shared'[a, b] = shared[origin[a], origin[b]], where origin = [0, 0, 2, 0] is the
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, FinishReason, Hypothesis
-from serving.search.base import Advance, Fork, LaneSearch
+from serving.search.attention import AttentionHistory
+from serving.search.base import Advance, Fork, LaneSearch, Source
 
 
-@dataclass(frozen=True, slots=True)
-class _Continuations:
-    """Hypotheses made longer by one token, best first: arrays [slots, how many]."""
+class _Candidates(NamedTuple):
+    """What may come next: arrays [slots, W, K], each row's best first."""
 
-    # Cumulated log-probabilities; -inf where there is no such continuation.
-    scores: NDArray[np.float64]
-    ids: NDArray[np.int64]
-    # Beam (row of the slot) that each one goes on from.
-    parents: NDArray[np.intp]
+    ids: memoryview[int]
+    log_probs: memoryview[Any]
+    # K.
+    of_row: int
+
+
+# A hypothesis made longer by one token: its log-probability, that token, and the beam (row of the source) that it goes on from.
+_Continuation = tuple[float, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,170 @@ class _Kept:
     attention: NDArray[np.float32] | None
 
 
-class BeamSearch(LaneSearch):
+@dataclass(slots=True, kw_only=True)
+class _BeamSource(Source):
+    """A source and its W rows."""
+
+    # [W][W], cached positions from 0 on that two rows have in common; of a row and itself, nothing is said.
+    shared: list[list[int]]
+    # Best first, at most W; with early stopping those that are returned.
+    kept: list[_Kept]
+    # How many have ended among the best W of a step.
+    num_ended: int = 0
+    # What a running hypothesis has to beat: the score of the last of W kept; -inf while there are fewer; inf where so many have
+    # ended that the search stops, whatever runs.
+    to_beat: float = -math.inf
+    # Whether a hypothesis ended as the best continuation of its step.
+    best_has_ended: bool = False
+
+    def advance(self, candidates: _Candidates, slot: int) -> list[_Continuation]:
+        """Keep the continuations that end now; returns those that run on, best first, at most W: none once it is done."""
+        width, end_ids = len(self.tokens), self.end_ids()
+        at_limit = self.length + 1 >= self.options.max_target_tokens
+        num_looked_at = width - self.num_ended if self.options.shrinking_beam else 2 * width
+        running: list[_Continuation] = []
+        rank = num_ends = 0
+        for total, token, parent in self._best_first(candidates, slot):
+            is_end = token in end_ids
+            if is_end and self.length < self.min_tokens:
+                continue
+            if is_end:
+                num_ends += 1
+                if self._is_needless(rank, num_ends):
+                    continue
+            if not is_end and not at_limit:
+                running.append((total, token, parent))
+                if len(running) == width:
+                    break
+            elif rank < width:
+                self._keep(rank, total, token, parent)
+            rank += 1
+            if rank == num_looked_at:
+                break
+        return running if running and self._can_improve(running[0][0]) else []
+
+    def _best_first(self, candidates: _Candidates, slot: int) -> Iterator[_Continuation]:
+        """Every possible continuation; among equals that of the lower row, then of the earlier candidate is first."""
+        ids, log_probs, num_candidates = candidates
+        # The best of each row that is not taken yet; few are ever taken.
+        heads: list[tuple[float, int, int]] = []
+        for beam, before in enumerate(self.totals):
+            total = before + log_probs[slot, beam, 0]
+            # Nor one that is not a number.
+            if total > -math.inf:
+                heads.append((-total, beam, 0))
+        heapq.heapify(heads)
+        while heads:
+            negated, beam, candidate = heads[0]
+            yield -negated, ids[slot, beam, candidate], beam
+            candidate += 1
+            total = self.totals[beam] + log_probs[slot, beam, candidate] if candidate < num_candidates else -math.inf
+            if total > -math.inf:
+                heapq.heapreplace(heads, (-total, beam, candidate))
+            else:
+                heapq.heappop(heads)
+
+    def _is_needless(self, rank: int, num_ends: int) -> bool:
+        """Whether the ``num_ends``-th end of a step is passed over, with the place for another continuation.
+
+        More than W ends are never kept, and W continuations have to run on; a source with several end tokens can have them. Right
+        after a prefix all continuations are those of one row. With early stopping only the best of them may be an end, as
+        CTranslate2 has it: others would soon be as many as stop the search.
+        """
+        if num_ends > len(self.tokens):
+            return True
+        options = self.options
+        is_after_prefix = 0 < len(options.target_prefix) == self.length and options.early_stopping
+        return rank > 0 and is_after_prefix and not (options.rules_of_generate or options.ends_freely_after_prefix)
+
+    def _keep(self, rank: int, total: float, token: int, parent: int) -> None:
+        """Keep a continuation that ended as the ``rank``-th of its step, which is among the best W."""
+        options, kept, length = self.options, self.kept, self.length + 1
+        score = self.score(parent, length, total)
+        if not options.early_stopping and score <= self.to_beat:
+            return
+        ids = tuple(self.tokens[parent])
+        if self.is_returned(token, length):
+            ids = (*ids, token)
+        token_scores = self.token_scores(parent, length, total)
+        attention = self.target_attention(parent, len(ids))
+        ended = _Kept(score, ids, self.reason(token, length), length, token_scores, attention)
+        bisect.insort(kept, ended, key=lambda other: -other.score)
+        self.num_ended += 1
+        if not options.early_stopping:
+            del kept[len(self.tokens) :]
+            if len(kept) == len(self.tokens):
+                self.to_beat = kept[-1].score
+            return
+        del kept[options.num_hypotheses :]
+        no_penalty_rewards_length = options.length_penalty == options.coverage_penalty == 0 <= options.word_penalty
+        if no_penalty_rewards_length and not options.rules_of_generate:
+            # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
+            self.best_has_ended |= rank == 0
+            is_enough = self.best_has_ended and self.num_ended >= options.num_hypotheses
+        else:
+            enough = math.floor(len(self.tokens) * options.patience + 0.5)
+            is_enough = self.num_ended >= max(options.num_hypotheses, enough)
+        if is_enough:
+            self.to_beat = math.inf
+
+    def _can_improve(self, best_running: float) -> bool:
+        """Whether the best that runs would be kept if it ended now."""
+        if self.to_beat == -math.inf:
+            return True
+        options, length = self.options, self.length + 1
+        score = (best_running - options.word_penalty * length) / math.pow(length, options.length_penalty)
+        return score > self.to_beat
+
+    def place(self, running: list[_Continuation], first_row: int, forks: list[Fork]) -> None:
+        """Give each running hypothesis a row: the worked example of this module.
+
+        Args:
+            running: at least one, at most W, best first.
+            first_row: of the lane, which is beam 0 of this source.
+            forks: here those are added that the caches need.
+        """
+        rows: list[_Continuation | None] = [None] * len(self.tokens)
+        extra: list[_Continuation] = []
+        for child in running:
+            if rows[child[2]] is None:
+                rows[child[2]] = child
+            else:
+                extra.append(child)
+        dead = -1
+        for child in extra:
+            # There are as many dead rows, or more.
+            dead = rows.index(None, dead + 1)
+            rows[dead] = child
+            parent = child[2]
+            start, stop = self._fork(parent, dead)
+            if start < stop:
+                forks.append(Fork(first_row + parent, first_row + dead, start, stop))
+        for row, held in enumerate(rows):
+            # One that holds no hypothesis has a token that none has that runs.
+            total, token, _ = held or (-math.inf, self.eos_id, row)
+            self.totals[row] = total
+            self.tokens[row].append(token)
+            if self.sums is not None:
+                self.sums[row].append(total)
+        self.length += 1
+
+    def _fork(self, from_beam: int, to_beam: int) -> tuple[int, int]:
+        """Let a dead row hold what another does; returns which positions of their caches differ, from and up to."""
+        start, stop = self.shared[from_beam][to_beam], self.length + 1
+        self.tokens[to_beam] = self.tokens[from_beam].copy()
+        if self.sums is not None:
+            self.sums[to_beam] = self.sums[from_beam].copy()
+        if self.attention is not None:
+            self.attention.fork(from_beam, to_beam, start, stop)
+        self.shared[to_beam] = self.shared[from_beam].copy()
+        for beam, shared in enumerate(self.shared):
+            shared[to_beam] = self.shared[to_beam][beam]
+        self.shared[from_beam][to_beam] = self.shared[to_beam][from_beam] = stop
+        return start, stop
+
+
+class BeamSearch(LaneSearch[_BeamSource]):
     """Width W above 1.
 
     At each step the best 2W continuations are looked at. The best W of them that do not stop run on. Those that stop (at the
@@ -78,64 +247,54 @@ class BeamSearch(LaneSearch):
     fewer than W hypotheses in the end, unless there are fewer sequences.
     """
 
-    def __init__(self, width: int, num_slots: int, capacity_tokens: int, eos_id: int, decoder_start_id: int) -> None:
+    def __init__(self, width: int, num_slots: int, eos_id: int, decoder_start_id: int) -> None:
         # 2W are looked at, and the end-of-sentence token may have to be passed over.
-        super().__init__(width, num_slots, capacity_tokens, eos_id, decoder_start_id, num_candidates=2 * width + 1)
-        # [slots, W], of the hypothesis in each row; -inf: none.
-        self._scores: NDArray[np.float64] = np.full((num_slots, width), -np.inf)
-        # [slots, W, W], cached positions from 0 on that two rows of a slot have in common.
-        self._shared: NDArray[np.int32] = np.zeros((num_slots, width, width), np.int32)
-        # Best first, at most W; with early stopping those that are returned.
-        self._kept: list[list[_Kept]] = [[] for _ in range(num_slots)]
-        # [slots], how many have ended among the best W of a step.
-        self._num_ended: NDArray[np.int64] = np.zeros(num_slots, np.int64)
-        # [slots], what a running hypothesis has to beat: the score of the last of W kept; -inf while there are fewer; inf where
-        # so many have ended that the search stops, whatever runs.
-        self._to_beat: NDArray[np.float64] = np.full(num_slots, -np.inf)
-        # [slots], whether a hypothesis ended as the best continuation of its step.
-        self._best_has_ended: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
-        # [slots], see DecodingOptions.
-        self._shrinks: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
-        self._slots = np.arange(num_slots)[:, None]
-        self._beams = np.arange(width)
-        self._is_better_rank: NDArray[np.bool_] = self._beams < self._beams[:, None]
+        super().__init__(width, num_slots, eos_id, decoder_start_id, num_candidates=2 * width + 1)
 
-    def add(self, slot: int, options: DecodingOptions, source_tokens: int = 0) -> None:
-        """Start a source in a slot that is free; see `LaneSearch.add`."""
-        super().add(slot, options, source_tokens)
-        self._scores[slot] = -np.inf
-        self._scores[slot, 0] = 0.0
-        # Every row reads the start token at position 0.
-        self._shared[slot] = 1
-        self._kept[slot] = []
-        self._num_ended[slot] = 0
-        self._to_beat[slot] = -np.inf
-        self._best_has_ended[slot] = False
-        self._shrinks[slot] = options.shrinking_beam
-
-    def needs_log_probs(self, num_slots: int) -> bool:
+    @property
+    def needs_log_probs(self) -> bool:
         """Always: hypotheses of one source are compared by their sums."""
         return True
 
+    def _start(self, options: DecodingOptions, attention: AttentionHistory | None) -> _BeamSource:
+        rows = range(self.width)
+        return _BeamSource(
+            options=options,
+            eos_id=self._eos_id,
+            rules=self._rules(options),
+            tokens=[[] for _ in rows],
+            totals=[0.0 if row == 0 else -math.inf for row in rows],
+            sums=[[] for _ in rows] if options.return_token_scores else None,
+            attention=attention,
+            min_tokens=options.min_target_tokens,
+            # Every row reads the start token at position 0.
+            shared=[[1] * self.width for _ in rows],
+            kept=[],
+        )
+
     def _advance(self, num_slots: int, candidate_ids: NDArray[np.int64], candidate_log_probs: NDArray[np.float32]) -> Advance:
         """Take one more token in each of the slots 0 to num_slots - 1; see `LaneSearch.advance`."""
-        # With the token that is now taken; also the number of positions that are cached by now.
-        lengths = self.num_tokens[:num_slots, 0] + 1
-        at_limit = lengths >= self._max_tokens[:num_slots]
-        best = self._best_continuations(candidate_ids, candidate_log_probs)
-        if self._shrinks[:num_slots].any():
-            self._shrink(best)
-        stops = self._ends(best.ids) | at_limit[:, None]
-        self._keep(best, stops)
-        running = self._best_running(best, stops)
-        done = at_limit | ~self._can_improve(running.scores[:, 0], lengths)
-        forks = self._place(running, lengths, done)
-        return Advance(np.flatnonzero(done).tolist(), forks)
+        finished: list[int] = []
+        forks: list[Fork] = []
+        candidates = _Candidates(candidate_ids.data, candidate_log_probs.data, candidate_ids.shape[2])
+        for slot in range(num_slots):
+            source = self._sources[slot]
+            running = source.advance(candidates, slot)
+            if not running:
+                finished.append(slot)
+                continue
+            first_row = slot * self.width
+            source.place(running, first_row, forks)
+            for row, tokens in enumerate(source.tokens, first_row):
+                self._next_id_of_row[row] = tokens[-1]
+                self._num_tokens_of_row[row] = source.length
+        return Advance(finished, forks)
 
     def hypotheses(self, slot: int) -> tuple[Hypothesis, ...]:
         """The best of a finished slot; see `LaneSearch.hypotheses`."""
-        options = self._options[slot]
-        best = self._kept[slot][: options.num_hypotheses]
+        source = self._sources[slot]
+        options = source.options
+        best = source.kept[: options.num_hypotheses]
         if not all(math.isfinite(kept.score) for kept in best):
             return ()
         return tuple(
@@ -150,169 +309,17 @@ class BeamSearch(LaneSearch):
             for kept in best
         )
 
-    def decided(self, slot: int) -> NDArray[np.int32]:
+    def decided(self, slot: int) -> list[int]:
         """What all running hypotheses have in common, and the best of those that ended with them."""
-        alive = np.flatnonzero(self._scores[slot] > -np.inf)
-        length = int(self.num_tokens[slot, 0])
-        if not len(alive):
-            return self.tokens[slot, 0, :0]
-        if len(alive) > 1:
-            # The start token is no token of the target.
-            length = int(self._shared[slot, alive[0], alive].min()) - 1
-        common = self.tokens[slot, alive[0], :length]
-        if self._kept[slot]:
-            ended = self._kept[slot][0].target_ids[:length]
-            differ = np.flatnonzero(common[: len(ended)] != np.array(ended, np.int32))
-            common = common[: differ[0] if len(differ) else len(ended)]
-        return common
-
-    def move(self, from_slot: int, to_slot: int) -> None:
-        """Move a source into a slot that is free."""
-        super().move(from_slot, to_slot)
-        for array in (self._scores, self._shared, self._num_ended, self._to_beat, self._best_has_ended, self._shrinks):
-            array[to_slot] = array[from_slot]
-        self._kept[to_slot] = self._kept[from_slot]
-
-    def _best_continuations(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> _Continuations:
-        """The best 2W of each slot; among equals the lower row, then the earlier candidate is first."""
-        n, width, num_candidates = ids.shape
-        scores = self._scores[:n, :, None] + log_probs
-        too_early = self.num_tokens[:n, 0] < self._min_tokens[:n]
-        if too_early.any():
-            scores[too_early[:, None, None] & self._ends(ids)] = -np.inf
-        scores = scores.reshape(n, width * num_candidates)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        if self._num_ruled:
-            self._put_needless_ends_last(ids, order)
-        order = order[:, : 2 * width]
-        flat = order + self._slots[:n] * (width * num_candidates)
-        return _Continuations(scores.take(flat), ids.take(flat), order // num_candidates)
-
-    def _shrink(self, best: _Continuations) -> None:
-        """Leave out continuations beyond those of as many hypotheses as run, where beams shrink."""
-        n, num_looked_at = best.scores.shape
-        num_running = np.where(self._shrinks[:n], self.width - self._num_ended[:n], num_looked_at)
-        best.scores[np.arange(num_looked_at) >= num_running[:, None]] = -np.inf
-
-    def _put_needless_ends_last(self, ids: NDArray[np.int64], order: NDArray[np.intp]) -> None:
-        """Leave W ends among the best 2W of sources with several end tokens: more are never kept, and W have to run on.
-
-        Right after a prefix all continuations are those of one row. With early stopping only the best of them may be an end, as
-        CTranslate2 has it: others would soon be as many as stop the search.
-        """
-        for slot, options in enumerate(self._options[: len(ids)]):
-            is_after_prefix = 0 < len(options.target_prefix) == self.num_tokens[slot, 0] and options.early_stopping
-            is_after_prefix = is_after_prefix and not (options.rules_of_generate or options.ends_freely_after_prefix)
-            if options.end_ids or is_after_prefix:
-                is_end = np.isin(ids[slot].take(order[slot]), self._end_ids(slot))
-                is_needless = is_end & (np.cumsum(is_end) > self.width)
-                if is_after_prefix:
-                    is_needless[1:] |= is_end[1:]
-                order[slot] = order[slot, np.argsort(is_needless, kind="stable")]
-
-    def _best_running(self, best: _Continuations, stops: NDArray[np.bool_]) -> _Continuations:
-        """The best W that do not stop. At the limit, where all do, it does not matter what they are."""
-        # There are W: of 2W that are looked at, no more than W are ends; a row has one, but for several end tokens. Stable: best
-        # first still.
-        order = np.argsort(stops, axis=1, kind="stable")[:, : self.width]
-        flat = order + self._slots[: len(stops)] * stops.shape[1]
-        return _Continuations(best.scores.take(flat), best.ids.take(flat), best.parents.take(flat))
-
-    def _keep(self, best: _Continuations, stops: NDArray[np.bool_]) -> None:
-        """Keep what stops among the best W."""
-        w = self.width
-        slots, ranks = np.nonzero(stops[:, :w] & (best.scores[:, :w] > -np.inf))
-        for slot, rank in zip(slots.tolist(), ranks.tolist(), strict=True):
-            kept = self._kept[slot]
-            length = int(self.num_tokens[slot, 0]) + 1
-            options = self._options[slot]
-            parent, total = int(best.parents[slot, rank]), float(best.scores[slot, rank])
-            score = self._score(slot, parent, length, total)
-            if not options.early_stopping and score <= self._to_beat[slot]:
-                continue
-            ids = self.tokens[slot, parent, : length - 1].tolist()
-            token = int(best.ids[slot, rank])
-            reason = self._reason(slot, token, length)
-            if self._is_returned(slot, token, length):
-                ids.append(token)
-            token_scores = self._token_scores(slot, parent, length, total)
-            attention = self._target_attention(slot, parent, len(ids))
-            ended = _Kept(score, tuple(ids), reason, length, token_scores, attention)
-            bisect.insort(kept, ended, key=lambda other: -other.score)
-            self._num_ended[slot] += 1
-            if options.early_stopping:
-                del kept[options.num_hypotheses :]
-                num_ended = int(self._num_ended[slot])
-                no_penalty_rewards_length = options.length_penalty == options.coverage_penalty == 0 <= options.word_penalty
-                if no_penalty_rewards_length and not options.rules_of_generate:
-                    # Nothing overtakes a hypothesis that ended as the best of its step, and before there is one something may.
-                    self._best_has_ended[slot] |= rank == 0
-                    is_enough = self._best_has_ended[slot] and num_ended >= options.num_hypotheses
-                else:
-                    is_enough = num_ended >= max(options.num_hypotheses, math.floor(w * options.patience + 0.5))
-                if is_enough:
-                    self._to_beat[slot] = np.inf
-                continue
-            del kept[w:]
-            if len(kept) == w:
-                self._to_beat[slot] = kept[-1].score
-
-    def _can_improve(self, best_running: NDArray[np.float64], lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Whether a hypothesis still runs, [slots], and would be kept if it ended now."""
-        can = best_running > -np.inf
-        # The power is taken one by one: a vectorized one may round differently with the place in the array.
-        for slot in np.flatnonzero(self._to_beat[: len(can)] > -np.inf).tolist():
-            options, length = self._options[slot], int(lengths[slot])
-            score = (float(best_running[slot]) - options.word_penalty * length) / length**options.length_penalty
-            can[slot] = score > self._to_beat[slot]
-        return can
-
-    def _place(self, running: _Continuations, lengths: NDArray[np.int32], done: NDArray[np.bool_]) -> list[Fork]:
-        """Give each running hypothesis a row: the worked example above."""
-        n = len(lengths)
-        slots, parents = self._slots[:n], running.parents
-        self._shared[:n, self._beams, self._beams] = lengths[:, None]
-        # [slots, W], of the children that have a better sibling.
-        is_extra = ((parents[:, :, None] == parents[:, None, :]) & self._is_better_rank).any(axis=2)
-        is_dead = np.ones(parents.shape, np.bool_)
-        is_dead[slots, parents] = False
-        rows = parents.copy()
-        # As many children are extra as rows are dead, in each slot, and both masks are read slot by slot.
-        rows[is_extra] = np.nonzero(is_dead)[1]
-        forks = self._fork(np.nonzero(is_extra)[0], parents[is_extra], rows[is_extra], lengths, done)
-
-        origins = np.empty_like(parents)
-        origins[slots, rows] = parents
-        self._shared[:n] = self._shared[slots[:, :, None], origins[:, :, None], origins[:, None, :]]
-        self._scores[slots, rows] = running.scores
-        self.next_ids[slots, rows] = running.ids
-        self.tokens[slots, rows, lengths[:, None] - 1] = running.ids
-        if self._num_token_scored:
-            assert self.sums is not None
-            self.sums[slots, rows, lengths[:, None] - 1] = running.scores
-        self.num_tokens[:n] = lengths[:, None]
-        return forks
-
-    def _fork(
-        self,
-        slots: NDArray[np.intp],
-        from_beams: NDArray[np.intp],
-        to_beams: NDArray[np.intp],
-        lengths: NDArray[np.int32],
-        done: NDArray[np.bool_],
-    ) -> list[Fork]:
-        """Copy the tokens of hypotheses that go on in a second row; say what to copy in the caches. Slots and beams: [forks]."""
-        if not len(slots):
+        source = self._sources[slot]
+        alive = [row for row, total in enumerate(source.totals) if total > -math.inf]
+        if not alive:
             return []
-        starts, stops = self._shared[slots, from_beams, to_beams], lengths[slots]
-        longest = int(stops.max()) - 1
-        self.tokens[slots, to_beams, :longest] = self.tokens[slots, from_beams, :longest]
-        if self._num_token_scored:
-            assert self.sums is not None
-            self.sums[slots, to_beams, :longest] = self.sums[slots, from_beams, :longest]
-        if self._attention.is_wanted:
-            self._attention.fork(slots, from_beams, to_beams, starts, stops)
-        is_needed = (starts < stops) & ~done[slots]
-        first_rows = slots * self.width
-        columns = (first_rows + from_beams, first_rows + to_beams, starts, stops)
-        return [Fork(*fork) for fork in zip(*(column[is_needed].tolist() for column in columns), strict=True)]
+        first, *others = alive
+        # The start token is no token of the target.
+        length = min((source.shared[first][other] - 1 for other in others), default=source.length)
+        common = source.tokens[first][:length]
+        if source.kept:
+            differ = (at for at, (one, other) in enumerate(zip(common, source.kept[0].target_ids, strict=False)) if one != other)
+            common = common[: next(differ, len(source.kept[0].target_ids))]
+        return common

@@ -90,7 +90,7 @@ def test_what_is_told_does_not_change_with_the_next_source_of_the_slot() -> None
 
 
 def test_a_step_that_does_not_tell_is_not_taken() -> None:
-    search = make_lane_search(1, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(1, 1, EOS_ID, START_ID)
     search.add(0, DecodingOptions(return_attention=True), 3)
     with pytest.raises(AssertionError):
         search.advance(1, np.array([[[5, 6]]]), np.zeros((1, 1, 2), np.float32))

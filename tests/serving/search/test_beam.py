@@ -116,7 +116,7 @@ class _Script:
     THE, A, X, Y, BLACK, RED, DOG, CAT, THAT, RUNS, SITS, IS = range(2, 14)
 
     def __init__(self, num_slots: int = 1, slot: int = 0) -> None:
-        self.search = make_lane_search(4, num_slots, 8, EOS_ID, START_ID)
+        self.search = make_lane_search(4, num_slots, EOS_ID, START_ID)
         self.slot = slot
         for at in range(slot + 1):
             self.search.add(at, DecodingOptions(beam_size=4, num_hypotheses=4, max_target_tokens=8))
@@ -131,9 +131,7 @@ class _Script:
         return self.search.advance(self.slot + 1, ids, log_probs)
 
     def tokens(self) -> list[list[int]]:
-        length = int(self.search.num_tokens[self.slot, 0])
-        tokens: list[list[int]] = self.search.tokens[self.slot, :, :length].tolist()
-        return tokens
+        return self.search.decoded(self.slot)
 
 
 def test_the_worked_example() -> None:
@@ -209,7 +207,7 @@ def test_an_end_below_the_best_w_is_not_kept() -> None:
     [pytest.param(-1.99, [], id="better"), pytest.param(-2.0, [0], id="equal"), pytest.param(-2.01, [0], id="worse")],
 )
 def test_it_is_done_when_the_best_running_is_not_better_than_the_worst_kept(running: float, finished: list[int]) -> None:
-    search = make_lane_search(2, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(2, 1, EOS_ID, START_ID)
     search.add(0, DecodingOptions(beam_size=2, length_penalty=1.0))
     ids = np.array([[[EOS_ID, 2, 3, 4, 5]] * 2], np.int64)
     none = [-np.inf] * 5
@@ -223,7 +221,7 @@ def test_it_is_done_when_the_best_running_is_not_better_than_the_worst_kept(runn
 
 
 def test_a_later_better_end_displaces_the_worst_kept() -> None:
-    search = make_lane_search(2, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(2, 1, EOS_ID, START_ID)
     search.add(0, DecodingOptions(beam_size=2, num_hypotheses=2, length_penalty=1.0))
     none = [-np.inf] * 3
     ids = np.array([[[2, EOS_ID, 3]] * 2], np.int64)
@@ -261,14 +259,14 @@ def test_a_row_that_is_not_a_number_goes_no_further() -> None:
 def test_what_all_hypotheses_have_in_common_is_decided() -> None:
     s = _Script()
     s.step({s.THE: -0.1, s.A: -0.2})
-    assert s.search.decided(0).tolist() == []
+    assert s.search.decided(0) == []
     # Both that run go on from "the".
     s.step({s.DOG: -0.1, s.CAT: -0.2})
-    assert s.search.decided(0).tolist() == [s.THE]
+    assert s.search.decided(0) == [s.THE]
     # "the cat" ended, which may stay the best: "the dog" is not decided though all that runs has it.
     s.step({s.RUNS: -0.4}, {EOS_ID: -0.3})
     assert s.tokens()[0] == [s.THE, s.DOG, s.RUNS]
-    assert s.search.decided(0).tolist() == [s.THE]
+    assert s.search.decided(0) == [s.THE]
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
@@ -320,7 +318,7 @@ def test_token_scores_are_the_models_and_make_up_the_score(width: int, hidden: i
 
 
 def test_it_asks_for_enough_candidates() -> None:
-    search = make_lane_search(4, 2, 4, EOS_ID, START_ID)
+    search = make_lane_search(4, 2, EOS_ID, START_ID)
     assert isinstance(search, BeamSearch)
     assert (search.width, search.num_candidates) == (4, 9)
     assert search.next_ids.tolist() == [[START_ID] * 4] * 2
@@ -338,7 +336,7 @@ def test_forks_do_happen_in_the_toy_lane() -> None:
 
 def test_with_early_stopping_no_more_hypotheses_are_kept_than_are_returned() -> None:
     # Without a length penalty it goes on until a hypothesis ends as the best of its step: here that is never so.
-    search = make_lane_search(2, 1, 64, EOS_ID, START_ID)
+    search = make_lane_search(2, 1, EOS_ID, START_ID)
     assert isinstance(search, BeamSearch)
     options = DecodingOptions(beam_size=2, num_hypotheses=2, length_penalty=0.0, early_stopping=True, max_target_tokens=40)
     search.add(0, options)
@@ -349,6 +347,6 @@ def test_with_early_stopping_no_more_hypotheses_are_kept_than_are_returned() -> 
     steps = 0
     while not search.advance(1, ids.copy(), log_probs.copy()).finished:
         steps += 1
-        assert len(search._kept[0]) <= 2
+        assert len(search._sources[0].kept) <= 2
     assert steps == 39
     assert [hypothesis.target_tokens for hypothesis in search.hypotheses(0)] == [1, 2]

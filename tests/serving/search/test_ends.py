@@ -119,7 +119,7 @@ def test_what_is_decided_is_what_the_best_hypothesis_starts_with(width: int, ret
 def test_right_after_a_prefix_only_the_best_continuation_of_an_early_stopping_beam_may_be_an_end(
     early_stopping: bool, freely: bool, best: int, kept: int
 ) -> None:
-    search = make_lane_search(3, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(3, 1, EOS_ID, START_ID)
     options = DecodingOptions(
         beam_size=3,
         num_hypotheses=3,
@@ -143,7 +143,7 @@ def test_right_after_a_prefix_only_the_best_continuation_of_an_early_stopping_be
 
 
 def test_sources_without_further_ends_go_on_beside_those_that_have_some() -> None:
-    search = make_lane_search(1, 2, 8, EOS_ID, START_ID)
+    search = make_lane_search(1, 2, EOS_ID, START_ID)
     search.add(0, DecodingOptions())
     search.add(1, DecodingOptions(end_ids=(6,)))
     logits = np.zeros((2, 1, 9), np.float32)
@@ -156,7 +156,7 @@ def test_draws_have_their_shares_with_further_ends() -> None:
     logits = np.array([[[0.0, 1.0, 2.0, 2.0]]], np.float32)
     drawn: Counter[int] = Counter()
     for seed in range(2000):
-        search = make_lane_search(1, 1, 4, EOS_ID, START_ID)
+        search = make_lane_search(1, 1, EOS_ID, START_ID)
         search.add(0, DecodingOptions(end_ids=(2, 3), return_end_token=True, sampling=Sampling(seed=seed)))
         search.advance(1, np.zeros((1, 1, 2), np.int64), np.zeros((1, 1, 2), np.float32), logits.copy())
         drawn[int(search.next_ids[0, 0])] += 1

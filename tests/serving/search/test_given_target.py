@@ -76,10 +76,10 @@ def test_neighbours_of_any_kind_change_no_bit() -> None:
 
 
 def test_log_probabilities_are_those_of_the_whole_vocabulary_without_any_rule() -> None:
-    search = make_lane_search(1, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(1, 1, EOS_ID, START_ID)
     search.add(0, given(6))
-    assert search.needs_log_probs(1)
-    assert search.needs_logits(1)
+    assert search.needs_log_probs
+    assert search.needs_logits
     logits = np.array([[[0.5, -40.0, 3.0, 0.0, 2.0, -1.0, -12.5, 1.0, 0.0]]], np.float32)
     exact = logits[0, 0].astype(np.float64)
     exact -= np.log(np.exp(exact).sum())
@@ -97,21 +97,20 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary_without_any_rule() 
 
 
 def test_it_leaves_with_its_source() -> None:
-    search = make_lane_search(1, 2, 8, EOS_ID, START_ID)
+    search = make_lane_search(1, 2, EOS_ID, START_ID)
     search.add(0, DecodingOptions())
     search.add(1, given(5))
-    assert search.needs_logits(2)
-    assert not search.needs_logits(1)
+    assert search.needs_logits
     search.leave(0)
     search.move(1, 0)
-    assert search.needs_logits(1)
+    assert search.needs_logits
     search.leave(0)
     search.add(0, DecodingOptions())
-    assert not search.needs_logits(1)
+    assert not search.needs_logits
 
 
 def test_probabilities_that_are_no_numbers_come_to_nothing() -> None:
-    search = make_lane_search(1, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(1, 1, EOS_ID, START_ID)
     search.add(0, given())
     candidates = np.array([[[2, 4]]]), np.full((1, 1, 2), np.nan, np.float32)
     assert search.advance(1, *candidates, np.full((1, 1, VOCABULARY), np.nan, np.float32)).finished == [0]
@@ -119,6 +118,6 @@ def test_probabilities_that_are_no_numbers_come_to_nothing() -> None:
 
 
 def test_there_is_one_hypothesis_of_a_target_that_is_given() -> None:
-    search = make_lane_search(2, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(2, 1, EOS_ID, START_ID)
     with pytest.raises(AssertionError, match="one hypothesis"):
         search.add(0, replace(given(5), beam_size=2))

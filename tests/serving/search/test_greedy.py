@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from tests.serving.search.reference import greedy_search
 from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyModel, decode
 
 
-def _advance(search: LaneSearch, *rows: tuple[int, float, int, float]) -> Advance:
+def _advance(search: LaneSearch[Any], *rows: tuple[int, float, int, float]) -> Advance:
     """A row: its best token and log-probability, its second best and that one's."""
     ids = np.array([[[first, second]] for first, _, second, _ in rows], np.int64)
     log_probs = np.array([[[first, second]] for _, first, _, second in rows], np.float32)
     return search.advance(len(rows), ids, log_probs)
 
 
-def _search(*options: DecodingOptions) -> LaneSearch:
-    search = make_lane_search(1, len(options), 8, EOS_ID, START_ID)
+def _search(*options: DecodingOptions) -> LaneSearch[Any]:
+    search = make_lane_search(1, len(options), EOS_ID, START_ID)
     for slot, of_slot in enumerate(options):
         search.add(slot, of_slot)
     return search
@@ -32,11 +33,11 @@ def test_it_takes_the_best_token_until_the_end() -> None:
     assert search.next_ids.tolist() == [[START_ID]]
     assert _advance(search, (5, -0.5, 6, -1.0)) == Advance([], [])
     assert search.next_ids.tolist() == [[5]]
-    assert search.decided(0).tolist() == [5]
+    assert search.decided(0) == [5]
     assert _advance(search, (6, -0.25, 5, -1.0)) == Advance([], [])
     assert search.num_tokens.tolist() == [[2]]
     assert _advance(search, (EOS_ID, -0.75, 5, -1.0)) == Advance([0], [])
-    assert search.decided(0).tolist() == [5, 6, EOS_ID]
+    assert search.decided(0) == [5, 6, EOS_ID]
     assert search.hypotheses(0) == (
         Hypothesis(target_ids=(5, 6), score=-1.5 / 9, finish_reason=FinishReason.EOS, target_tokens=3),
     )

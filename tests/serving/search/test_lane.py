@@ -96,6 +96,6 @@ def test_a_freed_slot_starts_afresh(width: int) -> None:
 
 
 def test_a_lane_refuses_another_width() -> None:
-    search = make_lane_search(3, 1, 4, EOS_ID, START_ID)
+    search = make_lane_search(3, 1, EOS_ID, START_ID)
     with pytest.raises(AssertionError, match="one beam width"):
         search.add(0, DecodingOptions(beam_size=2))

@@ -175,7 +175,7 @@ def test_a_draw_follows_from_seed_and_position_alone() -> None:
 
 
 def test_an_impatient_beam_still_finds_as_many_hypotheses_as_are_returned() -> None:
-    search = make_lane_search(2, 1, 16, EOS_ID, START_ID)
+    search = make_lane_search(2, 1, EOS_ID, START_ID)
     search.add(0, DecodingOptions(beam_size=2, num_hypotheses=2, early_stopping=True, patience=0.5, max_target_tokens=5))
     k = search.num_candidates
     ids, log_prob = [EOS_ID, *range(4, 3 + k)], [-0.1 - 3 * rank for rank in range(k)]
@@ -191,7 +191,7 @@ def candidates(ids: list[int], log_prob: list[float], width: int) -> tuple[NDArr
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("hidden", [0, 1])
 def test_a_prefix_is_taken_whatever_the_model_thinks_and_adds_nothing_to_the_score(width: int, hidden: int) -> None:
-    search = make_lane_search(width, 1, 16, EOS_ID, START_ID)
+    search = make_lane_search(width, 1, EOS_ID, START_ID)
     options = DecodingOptions(
         beam_size=width, target_prefix=(8, 9), hidden_prefix_tokens=hidden, length_penalty=1.0, max_target_tokens=5
     )
@@ -199,7 +199,7 @@ def test_a_prefix_is_taken_whatever_the_model_thinks_and_adds_nothing_to_the_sco
     k = search.num_candidates
     ids, log_prob = [EOS_ID, *range(4, 3 + k)], [-0.1 - 3 * rank for rank in range(k)]
     for _ in range(2):
-        assert not search.needs_logits(1)
+        assert not search.needs_logits
         assert search.advance(1, *candidates(ids, log_prob, width)).finished == []
     assert search.advance(1, *candidates(ids, log_prob, width)).finished == ([0] if width == 1 else [])
     while width > 1 and not search.advance(1, *candidates(ids, log_prob, width)).finished:
@@ -211,11 +211,11 @@ def test_a_prefix_is_taken_whatever_the_model_thinks_and_adds_nothing_to_the_sco
 
 
 def test_rules_of_one_source_leave_its_neighbours_alone_and_leave_with_it() -> None:
-    search = make_lane_search(1, 3, 16, EOS_ID, START_ID)
+    search = make_lane_search(1, 3, EOS_ID, START_ID)
     search.add(0, DecodingOptions())
-    assert not search.needs_logits(1)
+    assert not search.needs_logits
     search.add(1, DecodingOptions(suppressed=((5,),)))
-    assert search.needs_logits(2)
+    assert search.needs_logits
     ids, log_probs_ = np.array([[[5, 6]], [[5, 6]]]), np.full((2, 1, 2), -1.0, np.float32)
     logits = np.zeros((2, 1, V), np.float32)
     logits[:, :, 5], logits[:, :, 7] = 9.0, 4.0
@@ -223,7 +223,7 @@ def test_rules_of_one_source_leave_its_neighbours_alone_and_leave_with_it() -> N
     assert search.next_ids[:2, 0].tolist() == [5, 7]
     search.leave(0)
     search.move(1, 0)
-    assert search.needs_logits(1)
+    assert search.needs_logits
     search.leave(0)
     search.add(0, DecodingOptions())
-    assert not search.needs_logits(1)
+    assert not search.needs_logits

@@ -58,7 +58,7 @@ def test_it_finds_other_translations_than_a_beam_that_keeps_its_width() -> None:
 
 def test_it_is_over_with_the_last_of_as_many_ends_as_beams() -> None:
     """One end takes one place: three are left to go on with, then one."""
-    search = make_lane_search(4, 1, 8, EOS_ID, START_ID)
+    search = make_lane_search(4, 1, EOS_ID, START_ID)
     search.add(0, DecodingOptions(beam_size=4, num_hypotheses=4, length_penalty=0.0, max_target_tokens=8, shrinking_beam=True))
 
     def step(*rows: dict[int, float]) -> list[int]:
@@ -71,7 +71,7 @@ def test_it_is_over_with_the_last_of_as_many_ends_as_beams() -> None:
 
     assert step({5: -1.0, EOS_ID: -2.0, 6: -3.0, 7: -4.0, 8: -5.0}) == []
     assert step({EOS_ID: -0.1, 9: -0.2, 10: -9.0}, {EOS_ID: -0.5, 9: -0.6}, {9: -7.0}) == []
-    assert step({EOS_ID: -0.25, 11: -0.1}, {EOS_ID: -0.1}, {EOS_ID: -0.1}, {EOS_ID: -0.1}) == []
+    assert step({11: -0.1, EOS_ID: -0.25}, {EOS_ID: -0.1}, {EOS_ID: -0.1}, {EOS_ID: -0.1}) == []
     assert step({EOS_ID: -0.5}, {EOS_ID: -0.5}, {EOS_ID: -0.5}, {EOS_ID: -0.5}) == [0]
     hypotheses = search.hypotheses(0)
     assert [(one.target_ids, one.finish_reason) for one in hypotheses] == [

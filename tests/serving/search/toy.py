@@ -80,7 +80,7 @@ class ToyLane:
 
     def __post_init__(self) -> None:
         self.capacity = 2
-        self.search = make_lane_search(self.width, self.num_slots, self.capacity, EOS_ID, START_ID)
+        self.search = make_lane_search(self.width, self.num_slots, EOS_ID, START_ID)
         # [rows, capacity], the token whose key and value would be there.
         self.cache = np.full((self.num_slots * self.width, self.capacity), POISON)
 
@@ -108,7 +108,6 @@ class ToyLane:
         positions = self.search.num_tokens[:n].reshape(-1)
         if positions.max() >= self.capacity:
             self.capacity *= 2
-            self.search.grow(self.capacity)
             grown = np.full((len(self.cache), self.capacity), POISON)
             grown[:, : self.cache.shape[1]] = self.cache
             self.cache = grown
@@ -122,7 +121,7 @@ class ToyLane:
         shape = (n, self.width, k)
         ids = np.array([ids for ids, _ in answers], np.int64).reshape(shape)
         logits = None
-        if self.search.needs_logits(n):
+        if self.search.needs_logits:
             logits = np.array([model.log_probs(prefix) for model, prefix in prefixes], np.float32).reshape(*shape[:2], -1)
         return ids, np.array([log_probs for _, log_probs in answers], np.float32).reshape(shape), logits
 
@@ -148,7 +147,7 @@ class ToyLane:
             self.cache[fork.to_row, fork.start : fork.stop] = self.cache[fork.from_row, fork.start : fork.stop]
         self.check_cache(set(advance.finished))
         for slot in set(range(len(self.jobs))) - set(advance.finished):
-            self.decided.setdefault(self.jobs[slot].name, []).append(tuple(self.search.decided(slot).tolist()))
+            self.decided.setdefault(self.jobs[slot].name, []).append(tuple(self.search.decided(slot)))
         for slot in reversed(advance.finished):
             self.hypotheses[self.jobs[slot].name] = self.search.hypotheses(slot)
             self.remove(slot)
@@ -169,7 +168,8 @@ class ToyLane:
         for slot in set(range(len(self.jobs))) - finished:
             for beam in range(self.width):
                 length = int(self.search.num_tokens[slot, beam])
-                tokens = self.search.tokens[slot, beam, :length].tolist()
+                tokens = self.search.decoded(slot)[beam]
+                assert len(tokens) == length
                 row = self.cache[slot * self.width + beam]
                 assert row[:length].tolist() == [START_ID, *tokens[:-1]]
                 assert self.search.next_ids[slot, beam] == tokens[-1]
