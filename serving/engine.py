@@ -58,7 +58,8 @@ class Engine:
             lone_threads=self._config.lone_threads,
         )
         self._scheduler = Scheduler(self._config, num_workers)
-        # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do.
+        # Guards the scheduler and ``_stopping``, but for what a running worker looks at (``Scheduler.go_on``); notified when
+        # either gives a worker something to do.
         self._changed = threading.Condition()
         self._stopping = False
         self._workers = [Worker(self, number, session) for number in range(num_workers)]
@@ -130,6 +131,8 @@ class Engine:
 
     def next_admission(self, worker: Worker) -> Admission | None:
         """Wait until the worker has something to do; returns what it has to encode first, or None when it has to stop."""
+        if worker.is_running and not self._stopping and (admission := self._scheduler.go_on(worker.number)) is not None:
+            return admission
         with self._changed:
             while not (self._stopping or worker.is_running or self._scheduler.has_work(worker.number)):
                 self._changed.wait()
@@ -221,6 +224,8 @@ class Worker:
 
     def _encode(self, admitted: list[Sequence], *, alone: bool) -> None:
         """Encode what was admitted, in batches of alike lengths, and give each source its slot."""
+        if not admitted:
+            return
         for batch in encoder_batches(admitted, self._engine.config.encoder_batch_tokens):
             started_s = self._clock()
             for sequence in batch:
@@ -232,12 +237,11 @@ class Worker:
                 self._fail(batch, error)
                 continue
             encode_s = self._clock() - started_s
-            self._observer.encoded(encode_s, len(batch), int(lengths.sum()))
+            self._observer.encoded(encode_s, len(batch), sum(len(sequence.source_ids) for sequence in batch))
             for sequence, source in zip(batch, encoded, strict=True):
                 sequence.timings.encode_s = encode_s
                 self._lane_of(sequence).add(sequence, source)
-        if admitted:
-            self._report_use()
+        self._report_use()
 
     def _step(self, lane: Lane, *, alone: bool) -> None:
         """One token for every row of a lane; what is done leaves."""
@@ -254,8 +258,8 @@ class Worker:
         self._observer.stepped(now_s - started_s, rows)
         for sequence in fresh:
             self._observer.first_token(now_s - sequence.arrived_at_s)
-        self._deliver(finished)
         if finished:
+            self._deliver(finished)
             self._report_use()
 
     def _drop_dead(self, lane: Lane, *, cancelled_some: bool) -> None:

@@ -40,6 +40,11 @@ class Admission:
     cancelled_some: bool = False
 
 
+# What a worker is told most of the time; nobody writes to them.
+_GO_ON = Admission()
+_GO_ON_ALONE = Admission(alone=True)
+
+
 class Scheduler:
     """The waiting queue and every worker's load."""
 
@@ -74,6 +79,18 @@ class Scheduler:
     def has_work(self, worker: int) -> bool:
         """Whether ``take`` could hand this worker something."""
         return bool(self._waiting or self._assigned[worker])
+
+    def go_on(self, worker: int) -> Admission | None:
+        """What ``take`` would return where it has nothing to say but that the worker's rows go on; None where it may have more.
+
+        Nothing is changed, and nothing that is read is out of date for longer than a step: no lock is needed.
+        """
+        if self.has_work(worker) or self._cancelled_since[worker]:
+            return None
+        return _GO_ON_ALONE if self._is_alone(worker) else _GO_ON
+
+    def _is_alone(self, worker: int) -> bool:
+        return sum(self._rows) == self._rows[worker]
 
     def check_room(self, num_sequences: int) -> None:
         """Whether so many sequences could be queued now, for who would rather know before preparing them.
@@ -129,8 +146,7 @@ class Scheduler:
         dropped: list[tuple[Sequence, Exception]] = []
         self._drop_dead(dropped, now_s)
         self._assign(worker)
-        alone = sum(self._rows) == self._rows[worker]
-        admission = Admission(dropped=dropped, alone=alone, cancelled_some=self._cancelled_since[worker])
+        admission = Admission(dropped=dropped, alone=self._is_alone(worker), cancelled_some=self._cancelled_since[worker])
         self._cancelled_since[worker] = False
         budget = self._config.encoder_batch_tokens
         mine = self._assigned[worker]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.served soak | shell``: two measurements of onnxlate's server alone."""
+"""``python -m benchmarks.served soak | shell | steps``: measurements of onnxlate's server and engine alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.served.point import Times
 from benchmarks.served.servers import Knobs, OnnxlateServer
 from benchmarks.served.shell import measure_shell
 from benchmarks.served.soak import CLIENTS, REQUESTS, soak
+from benchmarks.served.steps import ROWS, measure_step
 from serving.config import available_cpus
 
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -53,6 +54,19 @@ def shell_command(model: str, clients: tuple[int, ...], beam_size: int, seconds:
     times = Times(warmup_s=0.0, duration_s=seconds)
     for cost in measure_shell(bundle, read_corpus(setting.captions), times, clients=clients, threads=cores, beam_size=beam_size):
         click.echo(cost)
+
+
+@main.command("steps")
+@click.option("--model", default=TRAINED, help="A trained model of the benchmark.")
+@click.option("--rows", type=_COUNT, default=ROWS)
+@click.option("--beam-size", type=_COUNT, multiple=True, default=(1, 4))
+@click.option("--build", type=_DIRECTORY, default=_DEFAULTS.build)
+def steps_command(model: str, rows: int, beam_size: tuple[int, ...], build: Path) -> None:
+    """Measure a worker's CPU time between two runs of the decoder graph."""
+    setting = Setting(build=build, models=(model,))
+    bundle = chosen_model(setting).open_bundle("int8")
+    for width in beam_size:
+        click.echo(measure_step(bundle, beam_size=width, rows=rows))
 
 
 if __name__ == "__main__":

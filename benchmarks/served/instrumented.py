@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,6 +111,17 @@ def replace_in(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]
         AttributeError: the module has no such function any more; then this program has to follow it.
     """
     setattr(module, name, wrap(getattr(module, name)))
+
+
+@contextmanager
+def replaced_in(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """``replace_in`` until the block is left."""
+    before = getattr(module, name)
+    replace_in(module, name, wrap)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 if __name__ == "__main__":

@@ -234,11 +234,10 @@ class LaneDecoder(ABC):
 
 def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Ragged source ids -> ids [sources, longest] padded to the right, and lengths [sources]."""
-    lengths = np.array([len(source) for source in sources], np.int32)
-    ids = np.full((len(sources), int(lengths.max())), pad_id, np.int64)
-    for row, source in zip(ids, sources, strict=True):
-        row[: len(source)] = source
-    return ids, lengths
+    lengths = [len(source) for source in sources]
+    longest = max(lengths)
+    ids = [(*source, *(pad_id,) * (longest - len(source))) for source in sources]
+    return np.array(ids, np.int64), np.array(lengths, np.int32)
 
 
 def _cache_type(bundle: Bundle, decoder: ort.InferenceSession) -> DTypeLike:

@@ -398,6 +398,27 @@ def test_an_expired_sequence_frees_its_rows_for_the_next_in_the_queue(
     engine.close()
 
 
+def test_sequences_of_one_lane_expire_one_after_another(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    engine = Engine(tiny_bundle, EngineConfig(threads=1, max_rows_per_worker=4), clock=lambda: now[0])
+    gate, waiter = Gate(monkeypatch), Waiter()
+    engine.start()
+    later, first, never = (waiter.sequence((5, 6, 3), LONG, expires_at_s=at) for at in (3.0, 1.0, FAR_AWAY_S))
+    engine.submit([later, first, never])
+    for expired, at in ((first, 2.0), (later, 4.0)):
+        gate.wait_for_step()
+        now[0] = at
+        gate.let_steps_pass(2)
+        sequence, outcome = waiter.next()
+        assert sequence is expired
+        assert isinstance(outcome.error, DeadlineExceededError)
+    gate.let_steps_pass(1000)
+    sequence, outcome = waiter.next()
+    assert sequence is never
+    assert outcome.error is None
+    engine.close()
+
+
 def test_a_failing_step_fails_its_lane_and_nothing_else(one_worker: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     work = ((5, 6, 7, 3), DecodingOptions(max_target_tokens=3))
     before = translate(one_worker, [work])[0].hypotheses

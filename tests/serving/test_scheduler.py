@@ -16,7 +16,7 @@ from serving.errors import (
     ShuttingDownError,
 )
 from serving.request import DecodingOptions, Sequence
-from serving.scheduler import Scheduler, encoder_batches
+from serving.scheduler import Admission, Scheduler, encoder_batches
 
 
 def sequence(length: int = 4, beam: int = 1, *, arrived: float = 0.0, expires: float = 1e9) -> Sequence:
@@ -320,3 +320,29 @@ def test_what_goes_on_with_an_admitted_request_is_taken_whatever_else() -> None:
     scheduler.submit(following, continued=True)
     assert scheduler.num_waiting == 3
     assert scheduler.take(0, 0.0).admitted[1:] == following
+
+
+def test_a_worker_whose_rows_just_go_on_needs_no_admission() -> None:
+    scheduler = Scheduler(config(), 2)
+    first, second = sequence(), sequence()
+    scheduler.submit([first])
+    assert scheduler.go_on(0) is None, "somebody waits"
+    scheduler.take(0, 0.0)
+    assert scheduler.go_on(0) == Admission(alone=True)
+    scheduler.submit([second])
+    assert scheduler.take(1, 0.0).admitted == [second]
+    assert scheduler.go_on(0) == Admission(alone=False)
+    scheduler.leave(1, second, 1.0)
+    assert scheduler.go_on(0) == Admission(alone=True)
+
+
+def test_every_worker_is_told_once_that_some_were_cancelled() -> None:
+    scheduler = Scheduler(config(), 2)
+    running = [sequence(), sequence()]
+    scheduler.submit(running)
+    assert [scheduler.take(worker, 0.0).admitted for worker in range(2)] == [[running[0]], [running[1]]]
+    scheduler.cancel(running[:1])
+    assert [scheduler.go_on(worker) for worker in range(2)] == [None, None]
+    assert [scheduler.take(worker, 0.0).cancelled_some for worker in range(2)] == [True, True]
+    assert [scheduler.take(worker, 0.0).cancelled_some for worker in range(2)] == [False, False]
+    assert scheduler.go_on(0) == Admission(alone=False)

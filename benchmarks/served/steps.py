@@ -1,0 +1,141 @@
+"""What a worker does between two runs of the decoder graph: search, caches, scheduling and metrics, all of it Python.
+
+CPU time of the worker's own thread from the end of one decoder call to the start of the next, in an engine with its metrics.
+Knows the engine and the function that runs a graph.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from benchmarks.offline import ordinary_ids
+from benchmarks.sentences import random_sources
+from benchmarks.served.instrumented import replaced_in
+from serving.bundle import Bundle
+from serving.config import EngineConfig
+from serving.engine import Engine
+from serving.metrics import ServiceMetrics
+from serving.request import DecodingOptions, Outcome, Sequence
+from serving.runtime import base
+
+# At so many rows.
+PYTHON_US_TO_REACH, ROWS = 100, 32
+
+_TOKENS = 32
+_LONGEST_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """Medians of CPU time over all steps but each engine's first."""
+
+    rows: int
+    beam_size: int
+    steps: int
+    python_us: float
+    graph_ms: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows, beam {self.beam_size}: {self.python_us:.0f} us of Python between two decoder calls of "
+            f"{self.graph_ms:.1f} ms, medians of {self.steps} steps"
+        )
+
+
+@dataclass(slots=True)
+class StepClock:
+    """CPU seconds of one thread in decoder calls, and between them."""
+
+    clock: Callable[[], float] = time.thread_time
+    within_s: list[float] = field(default_factory=list)
+    between_s: list[float] = field(default_factory=list)
+    _ended_s: float = math.nan
+
+    def timed(self, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        """``run`` with the clock around it."""
+
+        def run_timed(graph: Any, binding: Any) -> None:
+            started_s = self.clock()
+            run(graph, binding)
+            ended_s = self.clock()
+            self.between_s.append(started_s - self._ended_s)
+            self.within_s.append(ended_s - started_s)
+            self._ended_s = ended_s
+
+        return run_timed
+
+    def cost(self, *, rows: int, beam_size: int) -> StepCost:
+        """What has been seen.
+
+        Raises:
+            ValueError: fewer than two steps.
+        """
+        if len(self.between_s) < 2:
+            raise ValueError("no two steps were run")
+        return StepCost(
+            rows=rows,
+            beam_size=beam_size,
+            steps=len(self.between_s) - 1,
+            python_us=1e6 * statistics.median(self.between_s[1:]),
+            graph_ms=1e3 * statistics.median(self.within_s[1:]),
+        )
+
+
+def measure_step(bundle: Bundle, *, beam_size: int, rows: int = ROWS, rounds: int = 8) -> StepCost:
+    """Let one worker of one thread decode ``rounds`` times as many sources as it has room for, all of one length.
+
+    Between most steps nothing comes or goes: so the median is that of steps alone.
+
+    Raises:
+        EngineError: a graph failed.
+        TimeoutError: it takes far too long.
+    """
+    clock = StepClock()
+    with replaced_in(base, "run_graph", clock.timed):
+        _decode(bundle, rows // beam_size * rounds, beam_size, rows)
+    return clock.cost(rows=rows // beam_size * beam_size, beam_size=beam_size)
+
+
+def _decode(bundle: Bundle, count: int, beam_size: int, rows: int) -> None:
+    sources = random_sources(count, _TOKENS, ordinary_ids(bundle), bundle.manifest.ids.eos)
+    options = DecodingOptions(beam_size=beam_size, return_scores=False, min_target_tokens=_TOKENS, max_target_tokens=_TOKENS)
+    config = EngineConfig(
+        threads=1,
+        threads_when_alone=1,
+        max_rows_per_worker=rows,
+        max_waiting_sequences=count,
+        max_waiting_tokens=count * _TOKENS,
+    )
+    outcomes: list[Outcome] = []
+    is_over = threading.Event()
+
+    def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == count:
+            is_over.set()
+
+    engine = Engine(bundle, config, ServiceMetrics(CollectorRegistry()))
+    engine.start()
+    try:
+        now_s = time.monotonic()
+        engine.submit(
+            [
+                Sequence(source_ids=source, options=options, arrived_at_s=now_s, expires_at_s=now_s + _LONGEST_S, on_outcome=tell)
+                for source in sources
+            ]
+        )
+        if not is_over.wait(_LONGEST_S):
+            raise TimeoutError(f"{count} sources took more than {_LONGEST_S:.0f} s")
+    finally:
+        engine.close()
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
