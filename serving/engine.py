@@ -58,8 +58,8 @@ class Engine:
             lone_threads=self._config.lone_threads,
         )
         self._scheduler = Scheduler(self._config, num_workers)
-        # Guards the scheduler and ``_stopping``, but for what a running worker looks at (``Scheduler.go_on``); notified when
-        # either gives a worker something to do.
+        # Guards the scheduler and ``_stopping``; notified when either gives a worker something to do. ``Scheduler.go_on``, and a
+        # running worker's look at ``_stopping``, need it not.
         self._changed = threading.Condition()
         self._stopping = False
         self._workers = [Worker(self, number, session) for number in range(num_workers)]
@@ -134,8 +134,7 @@ class Engine:
         if worker.is_running and not self._stopping and (admission := self._scheduler.go_on(worker.number)) is not None:
             return admission
         with self._changed:
-            while not (self._stopping or worker.is_running or self._scheduler.has_work(worker.number)):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._stopping or worker.is_running or self._scheduler.has_work(worker.number))
             if self._stopping:
                 return None
             admission = self._scheduler.take(worker.number, self._clock())

@@ -196,7 +196,7 @@ class Sequence:
     # more, when somebody is streaming. Neither of a model's own prefix nor of the end-of-sentence token.
     # Must not raise: it runs in the middle of a step that others are in.
     on_token: Callable[[int], None] | None = None
-    # Set by the caller's side at any time; the worker frees its rows at the next step.
+    # Set by ``Scheduler.cancel`` alone, which has workers look; its rows are free at the next step.
     cancelled: bool = False
     timings: SequenceTimings = field(default_factory=SequenceTimings)
 

@@ -1,7 +1,7 @@
 """Who waits, who is admitted to which worker, who is turned away. Pure policy.
 
 Knows sequences, rows, token budgets and times that are handed in. Does not know threads, arrays, graphs or rpc: the engine
-calls it under one lock.
+calls it under one lock, but for ``go_on``.
 
 Strictly first in, first out: the head of the queue is admitted when the worker with the most room has room for it, and
 nobody overtakes it. So the oldest is never starved, and a wide beam is not passed by narrow ones for ever.

@@ -23,7 +23,7 @@ _DEFAULTS = Setting()
 
 @click.group(context_settings={"show_default": True})
 def main() -> None:
-    """Measure onnxlate's server; ``python -m benchmarks --only served`` compares it."""
+    """Measure onnxlate's server and engine; ``python -m benchmarks --only served`` compares the server."""
 
 
 @main.command("soak")
@@ -63,6 +63,8 @@ def shell_command(model: str, clients: tuple[int, ...], beam_size: int, seconds:
 @click.option("--build", type=_DIRECTORY, default=_DEFAULTS.build)
 def steps_command(model: str, rows: int, beam_size: tuple[int, ...], build: Path) -> None:
     """Measure a worker's CPU time between two runs of the decoder graph."""
+    if rows < max(beam_size):
+        raise click.BadParameter(f"{rows} rows have no room for a beam of {max(beam_size)}", param_hint="--rows")
     setting = Setting(build=build, models=(model,))
     bundle = chosen_model(setting).open_bundle("int8")
     for width in beam_size:

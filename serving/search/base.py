@@ -4,8 +4,8 @@ Knows slots, rows and options; does not know how a token is chosen.
 
 What a step decides is a few comparisons of a few numbers for each source, and between two steps the model's weights have gone
 through every cache of the processor: code and data come from memory. So a source is a plain object, a step is one loop over them,
-and arrays are read and written in it number by number, through memoryviews. An array function over all sources would take less
-time where it runs again and again; here each is another cold piece of code, and costs 10 to 40 us a step.
+and what every step reads and writes of arrays goes number by number, through memoryviews. An array function over all sources
+takes less time where it runs again and again; here each is another cold piece of code, and costs 10 to 40 us a step.
 """
 
 from __future__ import annotations
@@ -53,24 +53,35 @@ class Source:
     options: DecodingOptions
     eos_id: int
     rules: TokenRules | None
-    # [W][length], the tokens decoded so far by each row; the start token is not among them.
+    # [W][length], the tokens decoded so far by each row, the start token not among them; any in a row that holds no hypothesis.
     tokens: list[list[int]]
     # [W], the log-probability of each row's tokens; minus infinity where a row holds no hypothesis.
     totals: list[float]
     # [W][length], the log-probability of each row's tokens up to each one; None: nobody wants it told.
     sums: list[list[float]] | None
     attention: AttentionHistory | None
-    # The end-of-sentence token is not taken before so many tokens.
-    min_tokens: int
+    # Whether its candidates are not simply the model's.
+    is_adjusted: bool
     # Tokens decoded so far, which is the position of the token to be read next; the same for all rows.
     length: int = 0
 
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end its hypotheses now: none where its own are still to come after a prefix."""
+        """The tokens that end its hypotheses now; those that its options name count after the prefix only."""
         options = self.options
         if not options.end_ids:
             return (self.eos_id,)
         return options.end_ids if self.length >= len(options.target_prefix) else ()
+
+    def is_too_early(self) -> bool:
+        """Whether an end would come too early now; where a hypothesis is cut it does not."""
+        return self.length < self.options.min_target_tokens and not self.is_cut(self.length + 1)
+
+    def passed_over_id(self) -> int | None:
+        """The token that nothing goes on with now, if there is one: it may be told to be the next, but is not found."""
+        options = self.options
+        if options.passed_over_id is None or options.given_target or self.length < len(options.target_prefix):
+            return None
+        return options.passed_over_id
 
     def is_cut(self, length: int) -> bool:
         """Whether a hypothesis of ``length`` tokens has the end-of-sentence token because it was cut there."""
@@ -145,13 +156,14 @@ class LaneSearch(ABC, Generic[AnySource]):
         self.num_candidates = num_candidates
         self.next_ids: NDArray[np.int64] = np.full((num_slots, width), decoder_start_id, np.int64)
         self.num_tokens: NDArray[np.int32] = np.zeros((num_slots, width), np.int32)
-        # The same memory, number by number; see this module's text.
+        # [slots * W] each, the same memory number by number; see this module's text.
         self._next_id_of_row = self.next_ids.reshape(-1).data
         self._num_tokens_of_row = self.num_tokens.reshape(-1).data
         self._eos_id = eos_id
         self._decoder_start_id = decoder_start_id
-        # Of each slot; of one that is free, whatever was there.
-        self._sources: list[AnySource] = [self._start(DecodingOptions(beam_size=width), None)] * num_slots
+        # Stands in every slot that is free, so that nothing of what was there is kept.
+        self._nobody = self._start(DecodingOptions(beam_size=width), None)
+        self._sources: list[AnySource] = [self._nobody] * num_slots
         # Sources whose candidates are not simply the model's, that look at all logits, that want to know what they attend to.
         self._num_adjusted = 0
         self._num_with_logits = 0
@@ -182,7 +194,7 @@ class LaneSearch(ABC, Generic[AnySource]):
 
     def _count(self, options: DecodingOptions, by: int) -> None:
         """A source with these options comes, or leaves."""
-        self._num_adjusted += by * _is_adjusted(options)
+        self._num_adjusted += by * is_adjusted(options)
         self._num_with_logits += by * (options.has_token_rules or bool(options.given_target))
         self._num_attending += by * options.needs_attention
 
@@ -205,7 +217,7 @@ class LaneSearch(ABC, Generic[AnySource]):
         return self._sources[slot].length
 
     def decoded(self, slot: int) -> list[list[int]]:
-        """The tokens decoded so far by each row of a slot; the start token is not among them."""
+        """See ``Source.tokens``: [W][length] of a slot, not to be written to."""
         return self._sources[slot].tokens
 
     def advance(
@@ -220,7 +232,8 @@ class LaneSearch(ABC, Generic[AnySource]):
 
         Args:
             num_slots: slots in use.
-            candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first. May be written to.
+            candidate_ids: [num_slots, W, K], each row's most probable next tokens, best first, which searches rely on. May be
+                written to.
             candidate_log_probs: [num_slots, W, K], the logarithm of their probability among all tokens that may be decoded, or
                 else their logits; see ``needs_log_probs``. May be written to.
             logits: [num_slots, W, V]; see ``needs_logits``.
@@ -233,7 +246,7 @@ class LaneSearch(ABC, Generic[AnySource]):
                     source.attention.record(attended, source.length)
         if self._num_adjusted:
             for slot, source in enumerate(self._sources[:num_slots]):
-                if _is_adjusted(source.options):
+                if source.is_adjusted:
                     _adjust(source, candidate_ids[slot], candidate_log_probs[slot], None if logits is None else logits[slot])
         return self._advance(num_slots, candidate_ids, candidate_log_probs)
 
@@ -250,35 +263,33 @@ class LaneSearch(ABC, Generic[AnySource]):
 
     @abstractmethod
     def decided(self, slot: int) -> list[int]:
-        """The tokens that a slot's best hypothesis is sure to start with, for streaming: never fewer than before."""
+        """The tokens that a slot's best hypothesis is sure to start with, for streaming: never fewer than before.
+
+        Not to be written to.
+        """
 
     def leave(self, slot: int) -> None:
         """A source is over; its slot is free."""
         self._count(self._sources[slot].options, -1)
+        self._sources[slot] = self._nobody
 
     def move(self, from_slot: int, to_slot: int) -> None:
-        """Move a source into a slot that is free."""
+        """Move a source into a slot that is free; its own is free then."""
         self.next_ids[to_slot] = self.next_ids[from_slot]
         self.num_tokens[to_slot] = self.num_tokens[from_slot]
-        self._sources[to_slot] = self._sources[from_slot]
+        self._sources[to_slot], self._sources[from_slot] = self._sources[from_slot], self._nobody
 
 
-def _is_adjusted(options: DecodingOptions) -> bool:
-    """Whether its candidates are not simply the model's."""
-    return (
-        bool(options.target_prefix)
-        or bool(options.given_target)
-        or options.has_token_rules
-        or options.passed_over_id is not None
-        or options.ends_when_cut
-    )
+def is_adjusted(options: DecodingOptions) -> bool:
+    """Whether the candidates of a source with these options are not simply the model's."""
+    return bool(options.target_prefix) or bool(options.given_target) or options.has_token_rules or options.ends_when_cut
 
 
 def _adjust(source: Source, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32] | None) -> None:
     """Put the candidates that a source's options leave in the place of the model's.
 
     Args:
-        source: whose options; its ``min_tokens`` goes where a hypothesis ends by being cut.
+        source: whose options.
         ids: [W, K], of the candidates.
         log_probs: [W, K].
         logits: [W, V], where it asked for them.
@@ -298,10 +309,9 @@ def _adjust(source: Source, ids: NDArray[np.int64], log_probs: NDArray[np.float3
         for row, decoded in enumerate(source.tokens):
             ids[row], log_probs[row] = source.rules.candidates(logits[row], decoded, ids.shape[1])
     if source.is_cut(position + 1):
-        # The end-of-sentence token alone, however short that is.
+        # The end-of-sentence token alone.
         log_probs[:] = -np.inf
         ids[:, 0], log_probs[:, 0] = source.eos_id, 0.0
-        source.min_tokens = 0
 
 
 def _pass_over(token: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> None:

@@ -22,10 +22,8 @@ and 1 agree on positions 0 to 2 ("<s> the black"), rows 0 and 3 on positions 0 a
     Fork(from_row=0, to_row=1, start=3, stop=4)
     Fork(from_row=0, to_row=3, start=2, stop=4)
 
-How far any two rows agree is kept in ``shared`` [W, W], which says here shared[0, 1] = 3, shared[0, 3] = 2. For the rows
-after the step it is read off the rows before: children of different parents agree as far as the parents do, children of
-one parent in all that is cached. With the diagonal set to the number of cached positions these are one rule,
-shared'[a, b] = shared[origin[a], origin[b]], where origin = [0, 0, 2, 0] is the row that each row's hypothesis came from.
+How far any two rows agree is kept in ``shared`` [W][W], which says here shared[0][1] = 3, shared[0][3] = 2. A dead row that takes
+over a hypothesis takes over that row's line of ``shared`` too, and shares with the row itself all that is cached.
 """
 
 from __future__ import annotations
@@ -42,16 +40,16 @@ from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, FinishReason, Hypothesis
 from serving.search.attention import AttentionHistory
-from serving.search.base import Advance, Fork, LaneSearch, Source
+from serving.search.base import Advance, Fork, LaneSearch, Source, is_adjusted
 
 
 class _Candidates(NamedTuple):
-    """What may come next: arrays [slots, W, K], each row's best first."""
+    """What may come next: memoryviews [slots, W, K], each row's best first."""
 
     ids: memoryview[int]
+    # Of numbers that are floating point.
     log_probs: memoryview[Any]
-    # K.
-    of_row: int
+    num_of_row: int
 
 
 # A hypothesis made longer by one token: its log-probability, that token, and the beam (row of the source) that it goes on from.
@@ -88,14 +86,14 @@ class _BeamSource(Source):
 
     def advance(self, candidates: _Candidates, slot: int) -> list[_Continuation]:
         """Keep the continuations that end now; returns those that run on, best first, at most W: none once it is done."""
-        width, end_ids = len(self.tokens), self.end_ids()
+        width, end_ids, passed_over_id = len(self.tokens), self.end_ids(), self.passed_over_id()
         at_limit = self.length + 1 >= self.options.max_target_tokens
         num_looked_at = width - self.num_ended if self.options.shrinking_beam else 2 * width
         running: list[_Continuation] = []
         rank = num_ends = 0
         for total, token, parent in self._best_first(candidates, slot):
             is_end = token in end_ids
-            if is_end and self.length < self.min_tokens:
+            if token == passed_over_id or (is_end and self.is_too_early()):
                 continue
             if is_end:
                 num_ends += 1
@@ -115,11 +113,11 @@ class _BeamSource(Source):
     def _best_first(self, candidates: _Candidates, slot: int) -> Iterator[_Continuation]:
         """Every possible continuation; among equals that of the lower row, then of the earlier candidate is first."""
         ids, log_probs, num_candidates = candidates
-        # The best of each row that is not taken yet; few are ever taken.
+        # The best of each row that is not taken yet, of which few ever are: negated total, beam, candidate.
         heads: list[tuple[float, int, int]] = []
         for beam, before in enumerate(self.totals):
             total = before + log_probs[slot, beam, 0]
-            # Nor one that is not a number.
+            # Of a row whose numbers are none, nothing is possible either.
             if total > -math.inf:
                 heads.append((-total, beam, 0))
         heapq.heapify(heads)
@@ -193,29 +191,29 @@ class _BeamSource(Source):
             first_row: of the lane, which is beam 0 of this source.
             forks: here those are added that the caches need.
         """
-        rows: list[_Continuation | None] = [None] * len(self.tokens)
+        # Of each row that holds a hypothesis, that one's log-probability and newest token.
+        rows: list[tuple[float, int] | None] = [None] * len(self.tokens)
         extra: list[_Continuation] = []
-        for child in running:
-            if rows[child[2]] is None:
-                rows[child[2]] = child
+        for total, token, parent in running:
+            if rows[parent] is None:
+                rows[parent] = total, token
             else:
-                extra.append(child)
-        dead = -1
-        for child in extra:
-            # There are as many dead rows, or more.
-            dead = rows.index(None, dead + 1)
-            rows[dead] = child
-            parent = child[2]
-            start, stop = self._fork(parent, dead)
-            if start < stop:
-                forks.append(Fork(first_row + parent, first_row + dead, start, stop))
+                extra.append((total, token, parent))
+        if extra:
+            dead = [row for row, held in enumerate(rows) if held is None]
+            # As many are dead, or more.
+            for row, (total, token, parent) in zip(dead, extra, strict=False):
+                rows[row] = total, token
+                start, stop = self._fork(parent, row)
+                if start < stop:
+                    forks.append(Fork(first_row + parent, first_row + row, start, stop))
         for row, held in enumerate(rows):
-            # One that holds no hypothesis has a token that none has that runs.
-            total, token, _ = held or (-math.inf, self.eos_id, row)
-            self.totals[row] = total
+            # What a row reads that holds no hypothesis does not matter: nothing goes on from it, and what it shares with others
+            # is at least what ``shared`` says.
+            self.totals[row], token = held or (-math.inf, self.eos_id)
             self.tokens[row].append(token)
             if self.sums is not None:
-                self.sums[row].append(total)
+                self.sums[row].append(self.totals[row])
         self.length += 1
 
     def _fork(self, from_beam: int, to_beam: int) -> tuple[int, int]:
@@ -266,7 +264,7 @@ class BeamSearch(LaneSearch[_BeamSource]):
             totals=[0.0 if row == 0 else -math.inf for row in rows],
             sums=[[] for _ in rows] if options.return_token_scores else None,
             attention=attention,
-            min_tokens=options.min_target_tokens,
+            is_adjusted=is_adjusted(options),
             # Every row reads the start token at position 0.
             shared=[[1] * self.width for _ in rows],
             kept=[],

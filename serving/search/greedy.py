@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, Hypothesis
 from serving.search.attention import AttentionHistory
-from serving.search.base import Advance, LaneSearch, Source
+from serving.search.base import Advance, LaneSearch, Source, is_adjusted
 
 
 class GreedySearch(LaneSearch[Source]):
     """Width 1: a source ends at its end-of-sentence token, or at max_target_tokens."""
 
     def __init__(self, width: int, num_slots: int, eos_id: int, decoder_start_id: int) -> None:
+        # The second candidate stands in for an end that comes too early, or for a token that is passed over.
+        super().__init__(width, num_slots, eos_id, decoder_start_id, num_candidates=2)
         # Sources that want a score, or their tokens'. Of one that does not, ``totals`` may be a sum of logits.
         self._num_scored = 0
-        # The second candidate stands in for an end-of-sentence token that comes too early.
-        super().__init__(width, num_slots, eos_id, decoder_start_id, num_candidates=2)
 
     @property
     def needs_log_probs(self) -> bool:
@@ -38,7 +38,7 @@ class GreedySearch(LaneSearch[Source]):
             totals=[0.0],
             sums=[[]] if options.return_token_scores else None,
             attention=attention,
-            min_tokens=options.min_target_tokens,
+            is_adjusted=is_adjusted(options),
         )
 
     def _count(self, options: DecodingOptions, by: int) -> None:
@@ -53,7 +53,10 @@ class GreedySearch(LaneSearch[Source]):
             source = self._sources[slot]
             token, log_prob = ids[slot, 0, 0], log_probs[slot, 0, 0]
             ends = token in source.end_ids()
-            if ends and source.length < source.min_tokens:
+            if token == source.passed_over_id():
+                token, log_prob = ids[slot, 0, 1], log_probs[slot, 0, 1]
+                ends = token in source.end_ids()
+            elif ends and source.is_too_early():
                 token, log_prob = ids[slot, 0, 1], log_probs[slot, 0, 1]
                 ends = False
             source.tokens[0].append(token)

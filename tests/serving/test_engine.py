@@ -23,6 +23,7 @@ from serving.observer import NullObserver
 from serving.request import DecodingOptions, FinishReason, Hypothesis, Outcome, Sampling, Sequence
 from serving.runtime import LaneDecoder, ModelSession, open_session, pad_sources
 from serving.runtime.host import HostModelSession
+from serving.scheduler import Admission, Scheduler
 
 TIMEOUT_S = 60.0
 FAR_AWAY_S = 1e9
@@ -375,6 +376,33 @@ def test_a_cancelled_sequence_leaves_at_the_next_step_and_others_go_on(
     sequence, outcome = waiter.next()
     assert sequence is staying
     assert outcome.hypotheses == alone
+
+
+def test_a_worker_asks_the_scheduler_only_when_there_is_something_to_say(
+    one_worker: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Admission] = []
+    take = Scheduler.take
+
+    def counted(scheduler: Scheduler, worker: int, now_s: float) -> Admission:
+        taken.append(take(scheduler, worker, now_s))
+        return taken[-1]
+
+    monkeypatch.setattr(Scheduler, "take", counted)
+    gate, waiter = Gate(monkeypatch), Waiter()
+    leaving, staying = waiter.sequence((5, 6, 7, 3), LONG), waiter.sequence((9, 8, 3), LONG)
+    one_worker.submit([leaving, staying])
+    for _ in range(5):
+        gate.wait_for_step()
+        assert [admission.admitted for admission in taken] == [[leaving, staying]]
+        gate.let_steps_pass()
+    gate.wait_for_step()
+    one_worker.cancel([leaving])
+    gate.let_steps_pass(1000)
+    assert waiter.next()[0] is leaving
+    assert waiter.next()[0] is staying
+    assert [admission.cancelled_some for admission in taken[:2]] == [False, True]
+    assert len(taken) == 2
 
 
 def test_an_expired_sequence_frees_its_rows_for_the_next_in_the_queue(

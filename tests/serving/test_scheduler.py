@@ -330,6 +330,8 @@ def test_a_worker_whose_rows_just_go_on_needs_no_admission() -> None:
     scheduler.take(0, 0.0)
     assert scheduler.go_on(0) == Admission(alone=True)
     scheduler.submit([second])
+    scheduler.take(0, 0.0)
+    assert scheduler.go_on(1) is None, "one is assigned to it"
     assert scheduler.take(1, 0.0).admitted == [second]
     assert scheduler.go_on(0) == Admission(alone=False)
     scheduler.leave(1, second, 1.0)

@@ -3,9 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.served.__main__ import main
 from benchmarks.served.steps import StepClock, measure_step
 from serving.bundle import Bundle
+from serving.errors import EngineError
 from serving.runtime import base
 
 
@@ -33,7 +36,7 @@ def test_nothing_is_said_of_a_single_step() -> None:
 def test_in_one_line() -> None:
     clock = StepClock(within_s=[9.0, 0.012, 0.012], between_s=[9.0, 0.0002, 0.0002])
     assert str(clock.cost(rows=32, beam_size=1)) == (
-        "32 rows, beam 1: 200 us of Python between two decoder calls of 12.0 ms, medians of 2 steps"
+        "32 rows, beam 1: 200 us of Python between two decoder calls of 12.0 ms, medians of 2 steps (at most 100 us to reach)"
     )
 
 
@@ -46,3 +49,28 @@ def test_the_steps_of_a_real_engine(tiny_bundle: Bundle, beam_size: int, sources
     # Twice 32 tokens, and not one after another.
     assert 63 <= cost.steps < 2 * sources * 32
     assert cost.python_us > 0
+
+
+def test_a_beam_wider_than_the_rows_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(ValueError, match="a beam of 4 takes more than 2 rows"):
+        measure_step(tiny_bundle, beam_size=4, rows=2)
+    result = CliRunner().invoke(main, ["steps", "--rows", "2", "--beam-size", "1", "--beam-size", "4"])
+    assert result.exit_code == 2
+    assert "--rows: 2 rows have no room for a beam of 4" in result.output
+
+
+def test_it_is_given_up_when_it_takes_too_long(tiny_bundle: Bundle) -> None:
+    before = vars(base)["run_graph"]
+    with pytest.raises(TimeoutError, match="8 sources took more than 0 s"):
+        measure_step(tiny_bundle, beam_size=1, rows=8, rounds=1, longest_s=0.0)
+    assert vars(base)["run_graph"] is before
+
+
+def test_a_step_that_fails_is_told(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: Any, binding: Any) -> None:
+        raise EngineError("a graph failed: out of memory")
+
+    monkeypatch.setattr(base, "run_graph", fail)
+    with pytest.raises(EngineError, match="out of memory"):
+        measure_step(tiny_bundle, beam_size=1, rows=8, rounds=1)
+    assert vars(base)["run_graph"] is fail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -99,3 +100,17 @@ def test_a_lane_refuses_another_width() -> None:
     search = make_lane_search(3, 1, EOS_ID, START_ID)
     with pytest.raises(AssertionError, match="one beam width"):
         search.add(0, DecodingOptions(beam_size=2))
+
+
+@pytest.mark.parametrize("width", [1, 3], ids="width{}".format)
+def test_nothing_is_kept_of_a_source_that_left_or_moved(width: int) -> None:
+    search = make_lane_search(width, 3, EOS_ID, START_ID)
+    for slot in range(2):
+        search.add(slot, DecodingOptions(beam_size=width, return_attention=True), 4)
+    histories = [weakref.ref(search._sources[slot].attention) for slot in range(2)]
+    search.leave(0)
+    search.move(1, 0)
+    assert [history() is not None for history in histories] == [False, True]
+    search.leave(0)
+    assert [history() is not None for history in histories] == [False, False]
+    assert not search.needs_attention

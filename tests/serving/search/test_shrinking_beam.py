@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from serving.request import DecodingOptions, FinishReason
-from serving.search import make_lane_search
+from serving.search import Advance, Fork, make_lane_search
 from tests.serving.search.reference import beam_search, greedy_search, shrinking_beam_search
 from tests.serving.search.test_ends import check_same
 from tests.serving.search.toy import EOS_ID, START_ID, Job, ToyLane, ToyModel, decode
@@ -130,3 +130,24 @@ def test_a_reward_of_each_token_lets_no_search_stop_at_the_first_end(seed: int) 
     # The rules of generate know no such end of a search, and change nothing else here.
     patient = replace(options, rules_of_generate=True)
     assert decode(Job(name=0, model=model, options=options), 12) == decode(Job(name=0, model=model, options=patient), 12)
+
+
+def test_the_best_extra_child_takes_the_lowest_dead_row() -> None:
+    """Also one that nothing possible would go on in: among equals the lower row is first in the next step."""
+    search = make_lane_search(3, 1, EOS_ID, START_ID)
+    search.add(0, DecodingOptions(beam_size=3, num_hypotheses=3, max_target_tokens=8, shrinking_beam=True))
+
+    def step(*rows: dict[int, float]) -> Advance:
+        ids = np.full((1, 3, 7), 99, np.int64)
+        log_probs = np.full((1, 3, 7), -np.inf, np.float32)
+        for row, candidates in enumerate(rows):
+            ids[0, row, : len(candidates)] = list(candidates)
+            log_probs[0, row, : len(candidates)] = list(candidates.values())
+        return search.advance(1, ids, log_probs)
+
+    assert step({EOS_ID: -0.5, 5: -1.0, 6: -1.0}).forks == []
+    assert search.decoded(0)[:2] == [[5], [6]]
+    # Two run. Both children are of row 1; rows 0 and 2 are dead.
+    advance = step({}, {7: -1.0, 8: -1.0, 9: -1.0})
+    assert advance.forks == [Fork(1, 0, 1, 2)]
+    assert search.decoded(0)[:2] == [[6, 8], [6, 7]]
