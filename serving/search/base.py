@@ -60,8 +60,6 @@ class Source:
     # [W][length], the log-probability of each row's tokens up to each one; None: nobody wants it told.
     sums: list[list[float]] | None
     attention: AttentionHistory | None
-    # Whether its candidates are not simply the model's.
-    is_adjusted: bool
     # Tokens decoded so far, which is the position of the token to be read next; the same for all rows.
     length: int = 0
 
@@ -76,12 +74,17 @@ class Source:
         """Whether an end would come too early now; where a hypothesis is cut it does not."""
         return self.length < self.options.min_target_tokens and not self.is_cut(self.length + 1)
 
-    def passed_over_id(self) -> int | None:
-        """The token that nothing goes on with now, if there is one: it may be told to be the next, but is not found."""
+    def is_adjusted(self) -> bool:
+        """Whether what may come next is not the model's to say, or not alone: see ``_adjust``."""
         options = self.options
-        if options.passed_over_id is None or options.given_target or self.length < len(options.target_prefix):
+        is_told = self.length < len(options.target_prefix) or bool(options.given_target) or self.is_cut(self.length + 1)
+        return is_told or self.rules is not None
+
+    def passed_over_id(self) -> int | None:
+        """The token that nothing goes on with now, if there is one: it may be told or wished to be the next, but is not found."""
+        if self.options.passed_over_id is None or self.is_adjusted():
             return None
-        return options.passed_over_id
+        return self.options.passed_over_id
 
     def is_cut(self, length: int) -> bool:
         """Whether a hypothesis of ``length`` tokens has the end-of-sentence token because it was cut there."""
@@ -164,7 +167,7 @@ class LaneSearch(ABC, Generic[AnySource]):
         # Stands in every slot that is free, so that nothing of what was there is kept.
         self._nobody = self._start(DecodingOptions(beam_size=width), None)
         self._sources: list[AnySource] = [self._nobody] * num_slots
-        # Sources whose candidates are not simply the model's, that look at all logits, that want to know what they attend to.
+        # Sources whose candidates may be adjusted, that look at all logits, that want to know what they attend to.
         self._num_adjusted = 0
         self._num_with_logits = 0
         self._num_attending = 0
@@ -194,8 +197,9 @@ class LaneSearch(ABC, Generic[AnySource]):
 
     def _count(self, options: DecodingOptions, by: int) -> None:
         """A source with these options comes, or leaves."""
-        self._num_adjusted += by * is_adjusted(options)
-        self._num_with_logits += by * (options.has_token_rules or bool(options.given_target))
+        looks_at_logits = options.has_token_rules or bool(options.given_target)
+        self._num_adjusted += by * (looks_at_logits or bool(options.target_prefix) or options.ends_when_cut)
+        self._num_with_logits += by * looks_at_logits
         self._num_attending += by * options.needs_attention
 
     @property
@@ -246,7 +250,7 @@ class LaneSearch(ABC, Generic[AnySource]):
                     source.attention.record(attended, source.length)
         if self._num_adjusted:
             for slot, source in enumerate(self._sources[:num_slots]):
-                if source.is_adjusted:
+                if source.is_adjusted():
                     _adjust(source, candidate_ids[slot], candidate_log_probs[slot], None if logits is None else logits[slot])
         return self._advance(num_slots, candidate_ids, candidate_log_probs)
 
@@ -280,11 +284,6 @@ class LaneSearch(ABC, Generic[AnySource]):
         self._sources[to_slot], self._sources[from_slot] = self._sources[from_slot], self._nobody
 
 
-def is_adjusted(options: DecodingOptions) -> bool:
-    """Whether the candidates of a source with these options are not simply the model's."""
-    return bool(options.target_prefix) or bool(options.given_target) or options.has_token_rules or options.ends_when_cut
-
-
 def _adjust(source: Source, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32] | None) -> None:
     """Put the candidates that a source's options leave in the place of the model's.
 
@@ -295,8 +294,6 @@ def _adjust(source: Source, ids: NDArray[np.int64], log_probs: NDArray[np.float3
         logits: [W, V], where it asked for them.
     """
     options, position = source.options, source.length
-    if options.passed_over_id is not None:
-        _pass_over(options.passed_over_id, ids, log_probs)
     if position < len(options.target_prefix):
         # One continuation, of the first row: what the other rows have is no better than anything.
         log_probs[:] = -np.inf
@@ -312,16 +309,6 @@ def _adjust(source: Source, ids: NDArray[np.int64], log_probs: NDArray[np.float3
         # The end-of-sentence token alone.
         log_probs[:] = -np.inf
         ids[:, 0], log_probs[:, 0] = source.eos_id, 0.0
-
-
-def _pass_over(token: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> None:
-    """Put a token that a source passes over behind its other candidates, as no continuation: arrays [W, K]."""
-    is_passed_over = ids == token
-    if is_passed_over.any():
-        log_probs[is_passed_over] = -np.inf
-        order = np.argsort(is_passed_over, axis=1, kind="stable")
-        ids[:] = np.take_along_axis(ids, order, axis=1)
-        log_probs[:] = np.take_along_axis(log_probs, order, axis=1)
 
 
 def _give(token: int, ids: NDArray[np.int64], log_probs: NDArray[np.float32], logits: NDArray[np.float32]) -> None:

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, FinishReason, Hypothesis
 from serving.search.attention import AttentionHistory
-from serving.search.base import Advance, Fork, LaneSearch, Source, is_adjusted
+from serving.search.base import Advance, Fork, LaneSearch, Source
 
 
 class _Candidates(NamedTuple):
@@ -264,7 +264,6 @@ class BeamSearch(LaneSearch[_BeamSource]):
             totals=[0.0 if row == 0 else -math.inf for row in rows],
             sums=[[] for _ in rows] if options.return_token_scores else None,
             attention=attention,
-            is_adjusted=is_adjusted(options),
             # Every row reads the start token at position 0.
             shared=[[1] * self.width for _ in rows],
             kept=[],

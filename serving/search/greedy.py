@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.request import DecodingOptions, Hypothesis
 from serving.search.attention import AttentionHistory
-from serving.search.base import Advance, LaneSearch, Source, is_adjusted
+from serving.search.base import Advance, LaneSearch, Source
 
 
 class GreedySearch(LaneSearch[Source]):
@@ -38,7 +38,6 @@ class GreedySearch(LaneSearch[Source]):
             totals=[0.0],
             sums=[[]] if options.return_token_scores else None,
             attention=attention,
-            is_adjusted=is_adjusted(options),
         )
 
     def _count(self, options: DecodingOptions, by: int) -> None:

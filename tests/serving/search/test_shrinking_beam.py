@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serving.request import DecodingOptions, FinishReason
+from serving.request import DecodingOptions, FinishReason, PrefixBias
 from serving.search import Advance, Fork, make_lane_search
 from tests.serving.search.reference import beam_search, greedy_search, shrinking_beam_search
 from tests.serving.search.test_ends import check_same
@@ -119,6 +119,24 @@ def test_a_token_that_is_passed_over_keeps_its_share(seed: int, width: int, min_
     too_long = tuple(range(3, 8)) * 2
     ruled = decode(Job(name=0, model=model, options=replace(options, suppressed=(too_long,))), 8)
     check_same(ruled, reference(model, options))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        DecodingOptions(target_prefix=(5, OTHER)),
+        DecodingOptions(prefix_bias=PrefixBias(tokens=(5, OTHER), strength=0.9)),
+        DecodingOptions(prefix_bias=PrefixBias(tokens=(5, OTHER), strength=0.9), min_target_tokens=2),
+    ],
+    ids=["told", "wished", "wished-of-some-length"],
+)
+def test_a_token_that_is_passed_over_may_be_told_or_wished(width: int, asked: DecodingOptions) -> None:
+    for seed in range(5):
+        options = replace(asked, beam_size=width, max_target_tokens=8, passed_over_id=OTHER)
+        (best,) = decode(Job(name=0, model=ToyModel(seed, 8, eos_bias=-2.0), options=options), 8)
+        assert best.target_ids[:2] == (5, OTHER)
+        assert OTHER not in best.target_ids[2:]
 
 
 @pytest.mark.parametrize("seed", range(40), ids="seed{}".format)
