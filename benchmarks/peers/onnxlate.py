@@ -16,24 +16,26 @@ from benchmarks.peers.base import Job, PeerSpec, longest_first
 from serving.bundle import read_bundle
 from serving.config import EngineConfig
 from serving.engine import Engine
+from serving.observer import EngineObserver
 from serving.request import DecodingOptions, Outcome
 from serving.request import Sequence as EngineSequence
 
-# Waiting that long for one sequence is a fault.
+# Waiting that long for the next answer is a fault.
 _PATIENCE_S = 600.0
 
 
 class OnnxlatePeer:
     """A bundle and an engine on it; a batch of other rows takes another engine."""
 
-    def __init__(self, spec: PeerSpec) -> None:
+    def __init__(self, spec: PeerSpec, observer: EngineObserver | None = None) -> None:
         self._spec = spec
+        self._observer = observer
         self._bundle = read_bundle(spec.directory)
         self._config = engine_config(spec)
         self._engine = self._start()
 
     def _start(self) -> Engine:
-        engine = Engine(self._bundle, self._config)
+        engine = Engine(self._bundle, self._config, self._observer)
         engine.start()
         return engine
 
@@ -58,6 +60,7 @@ class OnnxlatePeer:
 
         Raises:
             EngineError: a graph failed.
+            TimeoutError: no more sources are answered.
         """
         options = DecodingOptions(
             beam_size=job.beam_size,
@@ -82,7 +85,10 @@ class OnnxlatePeer:
         self._engine.submit([sequence(place) for place in longest_first(sources)])
         found: dict[int, tuple[int, ...]] = {}
         for _ in sources:
-            place, outcome = outcomes.get(timeout=_PATIENCE_S)
+            try:
+                place, outcome = outcomes.get(timeout=_PATIENCE_S)
+            except queue.Empty:
+                raise TimeoutError(f"{len(found)} of {len(sources)} sources, and none in {_PATIENCE_S:g} s") from None
             if outcome.error is not None:
                 raise outcome.error
             found[place] = outcome.hypotheses[0].target_ids

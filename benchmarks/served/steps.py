@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,21 +17,21 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from benchmarks.offline import ordinary_ids
+from benchmarks.peers import ONNXLATE
+from benchmarks.peers.base import Job, PeerSpec, Split, perform
+from benchmarks.peers.onnxlate import OnnxlatePeer
 from benchmarks.sentences import random_sources
 from benchmarks.served.instrumented import replaced_in
 from serving.bundle import Bundle
-from serving.config import EngineConfig
-from serving.engine import Engine
 from serving.metrics import ServiceMetrics
-from serving.request import DecodingOptions, Outcome, Sequence
 from serving.runtime import base
 
-# At so many rows.
+# The project's own limit for a step of ``ROWS`` rows.
 PYTHON_US_TO_REACH = 100
 ROWS = 32
 
-_TOKENS = 32
-LONGEST_S = 300.0
+# Tokens of every source and every target.
+_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +90,8 @@ class StepClock:
         )
 
 
-def measure_step(bundle: Bundle, *, beam_size: int, rows: int = ROWS, rounds: int = 8, longest_s: float = LONGEST_S) -> StepCost:
+def measure_step(bundle: Bundle, *, beam_size: int, rows: int = ROWS, rounds: int = 8) -> StepCost:
     """Let one worker of one thread decode ``rounds`` times as many sources as it has room for, all of one length.
-
-    It is given up after ``longest_s`` seconds.
 
     Raises:
         ValueError: the beam is wider than the rows.
@@ -103,44 +100,22 @@ def measure_step(bundle: Bundle, *, beam_size: int, rows: int = ROWS, rounds: in
     """
     if rows < beam_size:
         raise ValueError(f"a beam of {beam_size} takes more than {rows} rows")
+    batch = rows // beam_size
+    job = Job(
+        sources=random_sources(batch * rounds, _LENGTH, ordinary_ids(bundle), bundle.manifest.ids.eos),
+        batch=batch,
+        beam_size=beam_size,
+        min_target_tokens=_LENGTH,
+        max_target_tokens=_LENGTH,
+    )
+    spec = PeerSpec(
+        peer=ONNXLATE, directory=bundle.directory, precision=bundle.manifest.precision, split=Split(workers=1, threads=1)
+    )
     clock = StepClock()
     with replaced_in(base, "run_graph", clock.timed):
-        _decode(bundle, rows // beam_size * rounds, beam_size, rows, longest_s)
-    return clock.cost(rows=rows // beam_size * beam_size, beam_size=beam_size)
-
-
-def _decode(bundle: Bundle, count: int, beam_size: int, rows: int, longest_s: float) -> None:
-    sources = random_sources(count, _TOKENS, ordinary_ids(bundle), bundle.manifest.ids.eos)
-    options = DecodingOptions(beam_size=beam_size, return_scores=False, min_target_tokens=_TOKENS, max_target_tokens=_TOKENS)
-    config = EngineConfig(
-        threads=1,
-        threads_when_alone=1,
-        max_rows_per_worker=rows,
-        max_waiting_sequences=count,
-        max_waiting_tokens=count * _TOKENS,
-    )
-    outcomes: list[Outcome] = []
-    is_over = threading.Event()
-
-    def tell(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        if len(outcomes) == count:
-            is_over.set()
-
-    engine = Engine(bundle, config, ServiceMetrics(CollectorRegistry()))
-    engine.start()
-    try:
-        now_s = time.monotonic()
-        engine.submit(
-            [
-                Sequence(source_ids=source, options=options, arrived_at_s=now_s, expires_at_s=now_s + LONGEST_S, on_outcome=tell)
-                for source in sources
-            ]
-        )
-        if not is_over.wait(longest_s):
-            raise TimeoutError(f"{count} sources took more than {longest_s:g} s")
-    finally:
-        engine.close()
-    for outcome in outcomes:
-        if outcome.error is not None:
-            raise outcome.error
+        peer = OnnxlatePeer(spec, ServiceMetrics(CollectorRegistry()))
+        try:
+            perform(peer, job)
+        finally:
+            peer.close()
+    return clock.cost(rows=batch * beam_size, beam_size=beam_size)

@@ -10,8 +10,8 @@ import pytest
 from benchmarks import peers, race, sentences
 from benchmarks.machine import describe_machine, describe_packages
 from benchmarks.models import BenchModel
+from benchmarks.peers import onnxlate
 from benchmarks.peers.base import Job, PeerSpec, Split
-from benchmarks.peers.onnxlate import engine_config
 from benchmarks.process import PeerProcess, PeerUnavailableError
 from export.pipeline import export_bundle
 from serving.config import EngineConfig
@@ -52,6 +52,17 @@ def test_a_job_that_fails_has_its_reason_and_the_next_one_is_done(spec: PeerSpec
         with pytest.raises(PeerUnavailableError, match="EngineError: a graph failed"):
             process.translate(replace(JOB, sources=((9999, EOS_ID),)))
         assert len(process.translate(JOB).targets) == 3
+
+
+def test_sources_that_are_never_answered_are_a_reason(spec: PeerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxlate, "_PATIENCE_S", 0.0)
+    peer = onnxlate.OnnxlatePeer(spec)
+    try:
+        peer.prepare(JOB)
+        with pytest.raises(TimeoutError, match="0 of 3 sources, and none in 0 s"):
+            peer.translate(JOB.sources, JOB)
+    finally:
+        peer.close()
 
 
 def test_a_model_that_is_not_there_is_a_reason(spec: PeerSpec, tmp_path: Path) -> None:
@@ -96,20 +107,20 @@ def test_a_process_that_ends_is_a_reason_and_it_can_be_started_again(spec: PeerS
     ],
 )
 def test_a_split_is_the_engines_threads(spec: PeerSpec, split: Split, workers: int, alone: int) -> None:
-    config = engine_config(replace(spec, split=split))
+    config = onnxlate.engine_config(replace(spec, split=split))
     assert (config.num_workers, config.lone_threads) == (workers, alone)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 8])
 def test_the_default_split_is_the_engines(spec: PeerSpec, cores: int) -> None:
-    config = engine_config(replace(spec, split=peers.default_split(cores)))
+    config = onnxlate.engine_config(replace(spec, split=peers.default_split(cores)))
     default = EngineConfig(threads=cores)
     assert (config.num_workers, config.lone_threads) == (default.num_workers, default.lone_threads)
 
 
 def test_several_workers_of_several_threads_are_refused(spec: PeerSpec) -> None:
     with pytest.raises(ValueError, match="one thread for each of several workers, not 2 x 2"):
-        engine_config(replace(spec, split=Split(2, 2)))
+        onnxlate.engine_config(replace(spec, split=Split(2, 2)))
 
 
 def test_the_default_split_answers_as_the_others_do(spec: PeerSpec) -> None:

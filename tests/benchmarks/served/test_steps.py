@@ -59,13 +59,6 @@ def test_a_beam_wider_than_the_rows_is_refused(tiny_bundle: Bundle) -> None:
     assert "--rows: 2 rows have no room for a beam of 4" in result.output
 
 
-def test_it_is_given_up_when_it_takes_too_long(tiny_bundle: Bundle) -> None:
-    before = vars(base)["run_graph"]
-    with pytest.raises(TimeoutError, match="8 sources took more than 0 s"):
-        measure_step(tiny_bundle, beam_size=1, rows=8, rounds=1, longest_s=0.0)
-    assert vars(base)["run_graph"] is before
-
-
 def test_a_step_that_fails_is_told(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(graph: Any, binding: Any) -> None:
         raise EngineError("a graph failed: out of memory")
