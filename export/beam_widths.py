@@ -23,7 +23,7 @@ from export.attention import (
 )
 
 # Decided first, in this order, because each decision costs some microseconds a layer: greedy search, and the usual beams.
-_POPULAR = (1, 4, 5)
+_POPULAR = (1, 4, 5, 2)
 
 
 def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int, max_width: int) -> None:
@@ -44,15 +44,39 @@ def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int,
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         if node.domain == RAGGED_DOMAIN and node.op_type == RAGGED_CROSS_ATTENTION:
-            nodes.extend(builder.branches(node))
+            nodes.append(builder.branches(node))
         else:
             nodes.append(node)
     del model.graph.node[:]
-    model.graph.node.extend([*builder.shared_nodes, *nodes])
-    model.graph.initializer.extend(builder.constants)
+    model.graph.node.extend([*builder.shared.nodes, *nodes])
+    model.graph.initializer.extend(builder.shared.constants.values())
     kept = [opset for opset in model.opset_import if opset.domain not in (RAGGED_DOMAIN, CONTRIB_DOMAIN)]
     del model.opset_import[:]
     model.opset_import.extend([*kept, helper.make_opsetid(CONTRIB_DOMAIN, 1)])
+
+
+class _Body:
+    """A graph that is being made: its nodes, and constants of its own.
+
+    A branch is handed whatever it reads from outside in every step, one value after another, and so is the branch around it;
+    what is its own costs nothing.
+    """
+
+    def __init__(self, name: str) -> None:
+        """An empty graph."""
+        self.name = name
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+
+    def constant(self, value: int | list[int]) -> str:
+        """The name of an int64 constant."""
+        name = f"{self.name}.{value}"
+        self.constants.setdefault(name, numpy_helper.from_array(np.array(value, np.int64), name))
+        return name
+
+    def compare(self, operator: str, width: int, output: str) -> None:
+        """The step's width against this one."""
+        self.nodes.append(helper.make_node(operator, ["ragged.width", self.constant(width)], [output]))
 
 
 class _Builder:
@@ -60,53 +84,50 @@ class _Builder:
 
     def __init__(self, target_ids: str, head_dim: int, max_width: int) -> None:
         self._head_dim = head_dim
-        self.constants: list[TensorProto] = []
-        self._constant_names: set[str] = set()
-        self.shared_nodes = [
+        self._popular = [width for width in _POPULAR if width < max_width]
+        self._others = [width for width in range(1, max_width + 1) if width not in self._popular]
+        self.shared = _Body("ragged.width")
+        self.shared.nodes = [
             helper.make_node("Shape", [target_ids], ["ragged.width_1d"], start=1, end=2),
             helper.make_node("Squeeze", ["ragged.width_1d"], ["ragged.width"]),
         ]
-        self._popular = [width for width in _POPULAR if width < max_width]
-        self._others = [width for width in range(1, max_width + 1) if width not in self._popular]
         # The others are compared in the branches, where it comes to that: greedy search and the usual beams do without.
-        self.shared_nodes += [self._comparison("Equal", width, f"ragged.is.{width}") for width in self._popular]
+        for width in self._popular:
+            self.shared.compare("Equal", width, f"ragged.is.{width}")
 
-    def branches(self, node: NodeProto) -> list[NodeProto]:
+    def branches(self, node: NodeProto) -> NodeProto:
         """What stands for one stand-in: the popular widths one after another, then the others by halving."""
-        return self._decision(node, f"ragged.{node.output[0]}", list(node.output), self._popular, self._others)
+        return self._decision(node, _Body(f"ragged.{node.output[0]}"), list(node.output), self._popular, self._others)
 
-    def _decision(self, node: NodeProto, name: str, outputs: list[str], popular: list[int], others: list[int]) -> list[NodeProto]:
-        """Choose between two widths at least; of one node, or of a comparison and it."""
-        comparisons: list[NodeProto] = []
+    def _decision(self, node: NodeProto, body: _Body, outputs: list[str], popular: list[int], others: list[int]) -> NodeProto:
+        """Choose between two widths at least; the comparison that it may take is added to ``body``, where it is to be."""
         if popular:
             condition = f"ragged.is.{popular[0]}"
-            then, otherwise = self._choice(node, name, popular[:1], []), self._choice(node, name, popular[1:], others)
+            then, otherwise = self._choice(node, body.name, popular[:1], []), self._choice(node, body.name, popular[1:], others)
         else:
             low, high = others[: len(others) // 2], others[len(others) // 2 :]
-            condition = f"{name}.up_to.{low[-1]}"
-            comparisons = [self._comparison("LessOrEqual", low[-1], condition)]
-            then, otherwise = self._choice(node, name, [], low), self._choice(node, name, [], high)
-        return [*comparisons, helper.make_node("If", [condition], outputs, name=name, then_branch=then, else_branch=otherwise)]
-
-    def _comparison(self, operator: str, width: int, output: str) -> NodeProto:
-        """The step's width against this one."""
-        return helper.make_node(operator, ["ragged.width", self._constant(f"ragged.width.{width}", width)], [output])
+            condition = f"{body.name}.up_to.{low[-1]}"
+            body.compare("LessOrEqual", low[-1], condition)
+            then, otherwise = self._choice(node, body.name, [], low), self._choice(node, body.name, [], high)
+        return helper.make_node("If", [condition], outputs, name=body.name, then_branch=then, else_branch=otherwise)
 
     def _choice(self, node: NodeProto, name: str, popular: list[int], others: list[int]) -> GraphProto:
         """A graph for these widths."""
         widths = [*popular, *others]
         if len(widths) == 1:
             return self._leaf(node, widths[0])
-        name = f"{name}.{len(popular)}_{others[0]}_{others[-1]}"
-        outputs = [f"{name}.{i}" for i in range(3)]
-        return self._graph(node, name, self._decision(node, name, outputs, popular, others), outputs)
+        body = _Body(f"{name}.{len(popular)}_{others[0]}_{others[-1]}")
+        outputs = [f"{body.name}.{i}" for i in range(3)]
+        body.nodes.append(self._decision(node, body, outputs, popular, others))
+        return self._graph(node, body, outputs)
 
     def _leaf(self, node: NodeProto, width: int) -> GraphProto:
         """GroupQueryAttention of one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""
         query, no_keys, key, value, last, longest = node.input[:6]
         scales = _scales(node)
         heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
-        name = f"ragged.{node.output[0]}.w{width}"
+        body = _Body(f"ragged.{node.output[0]}.w{width}")
+        name = body.name
         outputs = [f"{name}.{i}" for i in range(3)]
         grouped_query, grouped = (query, outputs[0]) if width == 1 else (f"{name}.query", f"{name}.grouped")
         attend = helper.make_node(
@@ -120,38 +141,33 @@ class _Builder:
         )
         attend.attribute.extend(helper.make_attribute(*pair) for pair in quantized_cache_attributes(bool(scales)).items())
         if width == 1:
-            return self._graph(node, name, [attend], outputs)
+            body.nodes.append(attend)
+            return self._graph(node, body, outputs)
         d, w = self._head_dim, width
-        nodes = [
-            *self._swap(query, grouped_query, f"{name}.in", [0, w, heads, d], [0, 1, heads * w * d]),
-            attend,
-            *self._swap(grouped, outputs[0], f"{name}.out", [0, heads, w, d], [0, w, heads * d]),
-        ]
-        return self._graph(node, name, nodes, outputs)
-
-    def _swap(self, source: str, target: str, name: str, split: list[int], merged: list[int]) -> list[NodeProto]:
-        """Exchange the two middle axes of ``split``; 0 keeps the first."""
-        return [
-            helper.make_node("Reshape", [source, self._constant(f"ragged.shape.{split}", split)], [f"{name}.split"]),
-            helper.make_node("Transpose", [f"{name}.split"], [f"{name}.swapped"], perm=[0, 2, 1, 3]),
-            helper.make_node("Reshape", [f"{name}.swapped", self._constant(f"ragged.shape.{merged}", merged)], [target]),
-        ]
-
-    def _constant(self, name: str, value: int | list[int]) -> str:
-        if name not in self._constant_names:
-            self._constant_names.add(name)
-            self.constants.append(numpy_helper.from_array(np.array(value, np.int64), name))
-        return name
+        body.nodes += self._swap(body, query, grouped_query, f"{name}.in", [0, w, heads, d], [0, 1, heads * w * d])
+        body.nodes.append(attend)
+        body.nodes += self._swap(body, grouped, outputs[0], f"{name}.out", [0, heads, w, d], [0, w, heads * d])
+        return self._graph(node, body, outputs)
 
     @staticmethod
-    def _graph(node: NodeProto, name: str, nodes: list[NodeProto], outputs: list[str]) -> GraphProto:
+    def _swap(body: _Body, source: str, target: str, name: str, split: list[int], merged: list[int]) -> list[NodeProto]:
+        """Exchange the two middle axes of ``split``; 0 keeps the first."""
+        return [
+            helper.make_node("Reshape", [source, body.constant(split)], [f"{name}.split"]),
+            helper.make_node("Transpose", [f"{name}.split"], [f"{name}.swapped"], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [f"{name}.swapped", body.constant(merged)], [target]),
+        ]
+
+    @staticmethod
+    def _graph(node: NodeProto, body: _Body, outputs: list[str]) -> GraphProto:
         cache_type = TensorProto.INT8 if _scales(node) else TensorProto.FLOAT
         types = (TensorProto.FLOAT, cache_type, cache_type)
         return helper.make_graph(
-            nodes,
-            name,
+            body.nodes,
+            body.name,
             [],
             [helper.make_tensor_value_info(output, kind, None) for output, kind in zip(outputs, types, strict=True)],
+            list(body.constants.values()),
         )
 
 

@@ -122,6 +122,8 @@ def _trace(
         # The tracer of branches would keep the module, and all of its weights with it, for as long as the process lives.
         torch.compiler.reset()
     assert program is not None
+    # Of each operator, the lines of code that it was traced from, in whichever directory they were.
+    ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
     return _without_weights(program.model)
 
 

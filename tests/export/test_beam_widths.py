@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import export
 from export import verify
 from export.attention import RAGGED_DOMAIN
 from export.beam_widths import expand_cross_attention
@@ -129,6 +131,12 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from nodes(attribute.g)
 
 
+def nodes_of_branches(branch: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of an If's branches."""
+    for attribute in branch.attribute:
+        yield from nodes(attribute.g)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_equals_the_module(traced: Traced, width: int) -> None:
     feeds = random_feeds(traced, width)
@@ -224,6 +232,22 @@ def test_each_layer_has_a_branch_for_each_width_and_no_stand_in_is_left(traced: 
     heads = sorted(next(a.i for a in node.attribute if a.name == "num_heads") for node in branched)
     layers = traced.config.num_decoder_layers
     assert heads == sorted(layers * [width * traced.config.num_heads for width in range(1, MAX_BEAM_SIZE + 1)])
+
+
+def test_a_branch_has_its_constants_to_itself(traced: Traced) -> None:
+    """What it reads from outside is handed to it in every step."""
+    model = onnx.load_from_string(traced.onnx)
+    outside = {tensor.name for tensor in model.graph.initializer}
+    branches = [node for node in model.graph.node if node.op_type == "If" and node.input[0].startswith("ragged.")]
+    assert len(branches) == traced.config.num_decoder_layers
+    for branch in branches:
+        read = {name for node in nodes_of_branches(branch) for name in node.input if name in outside}
+        assert all(re.fullmatch(r"layers\.\d+\.cross_attention\.scales\.(key|value)", name) for name in read), read
+
+
+def test_a_graph_does_not_tell_where_it_was_traced(traced: Traced) -> None:
+    assert not any(node.metadata_props or node.doc_string for node in nodes(onnx.load_from_string(traced.onnx).graph))
+    assert str(Path(export.__file__).parent).encode() not in traced.onnx
 
 
 def test_branches_for_one_width_are_no_branches() -> None:
