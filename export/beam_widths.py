@@ -5,10 +5,14 @@ and lets several query heads share them. The hypotheses of a source are such hea
 heads over h heads of keys. How many query heads there are is an attribute, not an input, so a graph for all widths has a branch
 for each; a branch is that operator and the products stay outside. The condition costs a few microseconds a layer.
 
+A graph for rows that each have keys and values of their own, copies where they are of one source, needs no branch.
+
 Does not know the model, quantization or files.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -41,18 +45,44 @@ def expand_cross_attention(model: ModelProto, *, target_ids: str, head_dim: int,
     if max_width < 2:
         raise ValueError(f"max_width must be at least 2, not {max_width}")
     builder = _Builder(target_ids, head_dim, max_width)
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        if node.domain == RAGGED_DOMAIN and node.op_type == RAGGED_CROSS_ATTENTION:
-            nodes.append(builder.branches(node))
-        else:
-            nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend([*builder.shared.nodes, *nodes])
+    _replace(model, builder.branches, first=builder.shared.nodes)
     model.graph.initializer.extend(builder.shared.constants.values())
+
+
+def attend_by_row(model: ModelProto) -> None:
+    """Replace, in place, each stand-in by the operator: a decoder for width 1 alone."""
+    _replace(model, lambda node: _attention(node, 1, node.input[0], node.output))
+
+
+def _replace(model: ModelProto, replacement: Callable[[NodeProto], NodeProto], first: Sequence[NodeProto] = ()) -> None:
+    """Put another node in the place of each stand-in, and some before all nodes."""
+    nodes = [
+        replacement(node) if (node.domain, node.op_type) == (RAGGED_DOMAIN, RAGGED_CROSS_ATTENTION) else node
+        for node in model.graph.node
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend([*first, *nodes])
     kept = [opset for opset in model.opset_import if opset.domain not in (RAGGED_DOMAIN, CONTRIB_DOMAIN)]
     del model.opset_import[:]
     model.opset_import.extend([*kept, helper.make_opsetid(CONTRIB_DOMAIN, 1)])
+
+
+def _attention(node: NodeProto, width: int, query: str, outputs: Sequence[str]) -> NodeProto:
+    """GroupQueryAttention in a stand-in's place, whose query has ``width`` hypotheses within its heads [B, 1, h * W * d]."""
+    _, no_keys, key, value, last, longest = node.input[:6]
+    scales = _scales(node)
+    heads = _num_heads(node)
+    attend = helper.make_node(
+        GROUP_QUERY_ATTENTION,
+        [query, no_keys, no_keys, key, value, last, longest, *([""] * NUM_UNUSED_INPUTS if scales else []), *scales],
+        outputs,
+        name=f"ragged.{node.output[0]}.w{width}.attend",
+        domain=CONTRIB_DOMAIN,
+        num_heads=width * heads,
+        kv_num_heads=heads,
+    )
+    attend.attribute.extend(helper.make_attribute(*pair) for pair in quantized_cache_attributes(bool(scales)).items())
+    return attend
 
 
 class _Body:
@@ -122,30 +152,17 @@ class _Builder:
         return self._graph(node, body, outputs)
 
     def _leaf(self, node: NodeProto, width: int) -> GraphProto:
-        """GroupQueryAttention of one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""
-        query, no_keys, key, value, last, longest = node.input[:6]
-        scales = _scales(node)
-        heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+        """The operator for one width; hypotheses move from beside the heads [B, W, h, d] to within them [B, h, W, d]."""
         body = _Body(f"ragged.{node.output[0]}.w{width}")
-        name = body.name
+        name, query = body.name, node.input[0]
         outputs = [f"{name}.{i}" for i in range(3)]
-        grouped_query, grouped = (query, outputs[0]) if width == 1 else (f"{name}.query", f"{name}.grouped")
-        attend = helper.make_node(
-            GROUP_QUERY_ATTENTION,
-            [grouped_query, no_keys, no_keys, key, value, last, longest, *([""] * NUM_UNUSED_INPUTS if scales else []), *scales],
-            [grouped, *outputs[1:]],
-            name=f"{name}.attend",
-            domain=CONTRIB_DOMAIN,
-            num_heads=width * heads,
-            kv_num_heads=heads,
-        )
-        attend.attribute.extend(helper.make_attribute(*pair) for pair in quantized_cache_attributes(bool(scales)).items())
         if width == 1:
-            body.nodes.append(attend)
+            body.nodes.append(_attention(node, 1, query, outputs))
             return self._graph(node, body, outputs)
-        d, w = self._head_dim, width
+        d, w, heads = self._head_dim, width, _num_heads(node)
+        grouped_query, grouped = f"{name}.query", f"{name}.grouped"
         body.nodes += self._swap(body, query, grouped_query, f"{name}.in", [0, w, heads, d], [0, 1, heads * w * d])
-        body.nodes.append(attend)
+        body.nodes.append(_attention(node, w, grouped_query, [grouped, *outputs[1:]]))
         body.nodes += self._swap(body, grouped, outputs[0], f"{name}.out", [0, heads, w, d], [0, w, heads * d])
         return self._graph(node, body, outputs)
 
@@ -169,6 +186,11 @@ class _Builder:
             [helper.make_tensor_value_info(output, kind, None) for output, kind in zip(outputs, types, strict=True)],
             list(body.constants.values()),
         )
+
+
+def _num_heads(node: NodeProto) -> int:
+    heads: int = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+    return heads
 
 
 def _scales(node: NodeProto) -> list[str]:

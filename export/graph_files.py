@@ -1,9 +1,9 @@
-"""How traced graphs become files: each whole in one, or with their weights in a file beside them.
+"""How traced graphs become files, with their weights in one file beside them.
 
-Knows ONNX's two ways to store a tensor; does not know what a graph computes. A protobuf holds two gigabytes at most, and whoever
-writes or reads one holds it in memory several times. So from some size on all weights of a bundle's graphs are in one file, each
-where a page begins: they are written one after another, and ONNX Runtime maps them into memory instead of reading them. What
-several graphs share is there once.
+Knows ONNX's way to store a tensor elsewhere; does not know what a graph computes. A protobuf holds two gigabytes at most, and
+whoever writes or reads one holds it in memory several times. So all weights of a bundle's graphs are in one file, each where a
+page begins: they are written one after another, and ONNX Runtime maps them into memory instead of reading them. What several
+graphs share, as two decoders do nearly everything, is there once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from torch import Tensor
 from serving.errors import ExportError
 
 WEIGHTS_NAME = "weights.data"
-# Weights of so many bytes in all are still in the graphs' own files: the smaller bundle is the one with fewer files.
-LARGEST_EMBEDDED_BYTES = 1 << 28
 # A page, on every machine that serves; the format asks for it.
 _ALIGNMENT_BYTES = 4096
 # Of a weight, at a time.
@@ -45,15 +43,12 @@ class TracedGraph:
         return model.SerializeToString()
 
 
-def write_graphs(
-    directory: Path, graphs: Mapping[str, TracedGraph], *, largest_embedded_bytes: int = LARGEST_EMBEDDED_BYTES
-) -> dict[str, Path]:
-    """Write graphs, whole or with one file of weights beside them.
+def write_graphs(directory: Path, graphs: Mapping[str, TracedGraph]) -> dict[str, Path]:
+    """Write graphs and one file of their weights.
 
     Args:
         directory: is made.
         graphs: by the names of their files.
-        largest_embedded_bytes: where the weights of all graphs are more in sum, they have a file of their own.
 
     Returns:
         The files by their names.
@@ -63,10 +58,6 @@ def write_graphs(
     """
     try:
         directory.mkdir()
-        if sum(weight.nbytes for graph in graphs.values() for weight in graph.weights.values()) <= largest_embedded_bytes:
-            for name, graph in graphs.items():
-                (directory / name).write_bytes(graph.serialized())
-            return {name: directory / name for name in graphs}
         with (directory / WEIGHTS_NAME).open("xb") as stream:
             written: dict[tuple[object, ...], int] = {}
             for name, graph in graphs.items():

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 from onnxscript import ir
 from torch import Tensor, nn
 
-from export.beam_widths import expand_cross_attention
+from export.beam_widths import attend_by_row, expand_cross_attention
 from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
@@ -71,12 +71,36 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
     ``attention``, ``self_cache_appended.N``, of one with int8 caches ``self_cache_kept.N``, of a graph for a CPU
     ``cross_cache_kept.N``: all caches are to be bound to the very memory of those that came in.
     """
+    traced = _trace_decoder(graph, config, cache_dtype)
+    if graph.keeps_cross_cache:
+        expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
+    return traced
+
+
+def export_decoders(
+    graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32
+) -> tuple[TracedGraph, TracedGraph]:
+    """The decoder of ``export_decoder`` for a CPU, and one with the same weights for width 1 alone.
+
+    The second gives each row the same bits, if the row has a source with the same keys and values, and has no branch for that.
+    """
+    assert graph.keeps_cross_cache
+    traced = _trace_decoder(graph, config, cache_dtype)
+    by_row = TracedGraph(ModelProto(), traced.weights)
+    by_row.model.CopyFrom(traced.model)
+    attend_by_row(by_row.model)
+    expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
+    return traced, by_row
+
+
+def _trace_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype) -> TracedGraph:
+    """With stand-ins for ragged cross-attention."""
     tensors = 2 * config.num_decoder_layers
     rows: dict[int, Any] = {0: _ANY, 1: _ANY}
     cache: dict[int, Any] = {0: _ANY, 2: _ANY}
     # Sizes of the example are all different, so that the tracer takes none for another.
     example = example_step(config, sources=3, width=2, source_capacity=7, target_capacity=11, dtype=cache_dtype)
-    traced = _trace(
+    return _trace(
         graph,
         example,
         dynamic_shapes=(rows, rows, {}, {0: _ANY}, {0: _ANY}, {}, {}, [cache] * tensors, [cache] * tensors),
@@ -92,9 +116,6 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
             *(f"cross_cache_kept.{i}" for i in range(tensors) if graph.keeps_cross_cache),
         ],
     )
-    if graph.keeps_cross_cache:
-        expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
-    return traced
 
 
 def _trace(

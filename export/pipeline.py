@@ -19,10 +19,10 @@ from export.attention import HEAD_DIM_STEP
 from export.cache_graphs import cache_rows_graph
 from export.calibration import calibrated_graphs
 from export.checkpoint import SAMPLES_NAME, Checkpoint, build_model, read_checkpoint, with_languages
-from export.graph_files import LARGEST_EMBEDDED_BYTES, TracedGraph, write_graphs
+from export.graph_files import TracedGraph, write_graphs
 from export.graphs import DecoderStepGraph, Device, EncoderGraph, lay_out, max_candidates
 from export.model import ModelConfig, Transformer
-from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
+from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_decoders, export_encoder
 from export.row_scales import row_scaled_graphs
 from export.samples import Samples, draw_samples
 from export.writer import Owned, check_destination, working_directory, write_bundle
@@ -33,6 +33,7 @@ from serving.manifest import (
     DECODER_NAME,
     ENCODER_NAME,
     FORMAT_REVISION,
+    LONE_DECODER_NAME,
     Architecture,
     Certificate,
     Comparison,
@@ -57,7 +58,6 @@ def export_bundle(
     source_prefix: str = "",
     overwrite: bool = False,
     show_progress: bool = True,
-    largest_embedded_bytes: int = LARGEST_EMBEDDED_BYTES,
 ) -> Bundle:
     """Export a checkpoint.
 
@@ -76,7 +76,6 @@ def export_bundle(
         source_prefix: text that every source starts with, such as the task that a model of several tasks is told.
         overwrite: replace a bundle that is there.
         show_progress: a bar on standard error; what a user has to know is printed there with and without it.
-        largest_embedded_bytes: a bundle with more bytes of weights has them in a file beside its graphs.
 
     Raises:
         CheckpointError: the checkpoint cannot be used; lists every fault.
@@ -120,7 +119,7 @@ def export_bundle(
         certify.measure("cached_pytorch", verify.pytorch_stepper(model), verify.FP32_LOGIT_TOLERANCE)
         certify.phase("trace fp32")
         traced = _trace(config, lay_out(model))
-        fp32_graphs = graphs = write_graphs(work / "fp32", traced, largest_embedded_bytes=largest_embedded_bytes)
+        fp32_graphs = graphs = write_graphs(work / "fp32", traced)
         del traced
         gc.collect()  # what the tracer made refers in circles to the weights that it was given
         if precision != "fp32":
@@ -131,7 +130,7 @@ def export_bundle(
                 traced = _trace(config, row_scaled_graphs(model))
             else:
                 traced = _trace_constant_int8(model, samples, work)
-            graphs = write_graphs(work / precision, traced, largest_embedded_bytes=largest_embedded_bytes)
+            graphs = write_graphs(work / precision, traced)
             del traced
         # From here on the memory is the runtime's.
         del model
@@ -202,6 +201,11 @@ class _Certifying:
         """Compare graphs with the references; raises ServerStartError where the device is not there."""
         stepper = verify.onnx_stepper(self._config, graphs[ENCODER_NAME], graphs[DECODER_NAME], name=name, device=device)
         self.measure(name, stepper, tolerance)
+        if LONE_DECODER_NAME in graphs:
+            logits = stepper(self._references[0])
+            del stepper  # before the next one is in memory
+            lone = verify.onnx_stepper(self._config, graphs[ENCODER_NAME], graphs[LONE_DECODER_NAME], name=name, device=device)
+            verify.check_same_bits(name, logits, lone(self._references[0]))
 
 
 def _warnings(checkpoint: Checkpoint, samples: Samples) -> list[str]:
@@ -229,7 +233,11 @@ def _trace(
     config: ModelConfig, graphs: tuple[EncoderGraph, DecoderStepGraph], cache_dtype: torch.dtype = torch.float32
 ) -> dict[str, TracedGraph]:
     encoder, decoder = graphs
-    return {ENCODER_NAME: export_encoder(encoder), DECODER_NAME: export_decoder(decoder, config, cache_dtype)}
+    traced = {ENCODER_NAME: export_encoder(encoder)}
+    if not decoder.keeps_cross_cache:
+        return {**traced, DECODER_NAME: export_decoder(decoder, config, cache_dtype)}
+    every_width, by_row = export_decoders(decoder, config, cache_dtype)
+    return {**traced, DECODER_NAME: every_width, LONE_DECODER_NAME: by_row}
 
 
 def _manifest(

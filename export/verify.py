@@ -288,6 +288,16 @@ def check(comparisons: dict[str, Comparison]) -> None:
         raise ExportError("\n  ".join(["the graphs are not close enough to the model; nothing was written:", *faults]))
 
 
+def check_same_bits(name: str, logits: NDArray[np.float32], of_lone: NDArray[np.float32]) -> None:
+    """Both decoders of one export are one: what is said of the first is said of the second.
+
+    Raises:
+        ExportError: they differ.
+    """
+    if not np.array_equal(logits, of_lone):
+        raise ExportError(f"{name}: the decoder of lone workers has other logits than the decoder; nothing was written")
+
+
 def _decodable(logits: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float32]:
     """A copy with the tokens that are never decoded out of the race: [positions, vocabulary]."""
     logits = logits.copy()

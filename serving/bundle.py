@@ -1,7 +1,7 @@
 """The bundle: a directory that was checked before any of it is used.
 
-A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx`` and the tokenizer's files; a large one has the
-graphs' weights in a file of their own, which ``runtime/external_data.py`` lets the graphs refer to. Knows how its files are
+A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx``, ``lone_decoder.onnx``, the graphs' weights in
+a file of their own, which ``runtime/external_data.py`` lets them refer to, and the tokenizer's files. Knows how its files are
 checked; does not know what the manifest says of them (``manifest.py``), how graphs are run, or how a bundle is written
 (``export/writer.py``).
 
@@ -27,6 +27,7 @@ from serving.manifest import (
     CACHE_ROWS_NAME,
     DECODER_NAME,
     ENCODER_NAME,
+    LONE_DECODER_NAME,
     MANIFEST_NAME,
     SUPPORTED_REVISIONS,
     FileEntry,
@@ -54,6 +55,11 @@ class Bundle:
     def decoder_path(self) -> Path:
         """The decoder step's graph."""
         return self.path(DECODER_NAME)
+
+    @property
+    def lone_decoder_path(self) -> Path | None:
+        """The same step for sources of one hypothesis each, without branches, if the bundle has it."""
+        return self.path(LONE_DECODER_NAME) if LONE_DECODER_NAME in self.manifest.files else None
 
     @property
     def cache_rows_path(self) -> Path:

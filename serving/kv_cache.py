@@ -95,16 +95,30 @@ class LaneCache(RowCache):
         self.cross_attention: NDArray[Any] = np.zeros(
             (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype
         )
+        self._by_row = _SourcesByRow(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return self.self_attention.nbytes + self.cross_attention.nbytes
+        return self.self_attention.nbytes + self.cross_attention.nbytes + self._by_row.nbytes
+
+    def sources_by_row(self, num_sources: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Cross-attention as if each row had a source of its own: copies of what is in the first slots.
+
+        Returns:
+            [tensors, rows, heads, at least the longest of these sources, head_dim], and the lengths of these [rows]. Both are
+            as the slots are now; they are the same arrays as in the call before if that was for as many sources or more, and no
+            source outgrew its place since.
+        """
+        if self.width == 1:
+            return self.cross_attention, self.source_lengths
+        return self._by_row.of(num_sources)
 
     def write_source(self, slot: int, encoded: NDArray[Any], length: int) -> None:
         """Store a source's cross-attention keys and values: encoded [tensors, heads, at least length, head_dim]."""
         self.cross_attention[:, slot, :, :length] = encoded[:, :, :length]
         self.source_lengths[slot] = length
+        self._by_row.outdated.add(slot)
 
     def copy_rows(self, forks: Iterable[Fork]) -> None:
         """Give a hypothesis' past to a row that goes on from it."""
@@ -117,6 +131,7 @@ class LaneCache(RowCache):
         length = int(self.source_lengths[from_slot])
         self.cross_attention[:, to_slot, :, :length] = self.cross_attention[:, from_slot, :, :length]
         self.source_lengths[to_slot] = length
+        self._by_row.outdated.add(to_slot)
         from_rows = slice(from_slot * self.width, (from_slot + 1) * self.width)
         to_rows = slice(to_slot * self.width, (to_slot + 1) * self.width)
         self.self_attention[:, to_rows, :, :num_positions] = self.self_attention[:, from_rows, :, :num_positions]
@@ -136,3 +151,39 @@ class LaneCache(RowCache):
         grown[:, :num_slots_used, :, : self.source_capacity] = old[:, :num_slots_used]
         self.cross_attention = grown
         self.source_capacity = source_capacity
+        self._by_row = _SourcesByRow(self)
+
+
+class _SourcesByRow:
+    """A copy of its source for each row of a cache, brought up to date when somebody asks for it.
+
+    Its memory is for as many sources as it was asked for at once, rounded up: one that is alone has nearly none.
+    """
+
+    def __init__(self, cache: LaneCache) -> None:
+        self._cache = cache
+        self._num_slots = 0
+        self._cross_attention: NDArray[Any] = cache.cross_attention[:, :0]
+        self._lengths = cache.source_lengths[:0]
+        # Slots whose rows have copies of something else.
+        self.outdated: set[int] = set()
+
+    @property
+    def nbytes(self) -> int:
+        return self._num_slots * self._cache.width * self._cache.cross_attention[:, 0].nbytes
+
+    def of(self, num_sources: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        cache, width = self._cache, self._cache.width
+        if num_sources > self._num_slots:
+            self._num_slots = min(len(cache.source_lengths), 1 << (num_sources - 1).bit_length())
+            tensors, _, *rest = cache.cross_attention.shape
+            self._cross_attention = np.zeros((tensors, self._num_slots * width, *rest), cache.cross_attention.dtype)
+            self._lengths = np.ones(self._num_slots * width, np.int32)
+            self.outdated = set(range(num_sources))
+        if self.outdated:
+            for slot in sorted(slot for slot in self.outdated if slot < num_sources):
+                length, rows = int(cache.source_lengths[slot]), slice(slot * width, (slot + 1) * width)
+                self._cross_attention[:, rows, :, :length] = cache.cross_attention[:, slot, None, :, :length]
+                self._lengths[rows] = length
+                self.outdated.discard(slot)
+        return self._cross_attention, self._lengths

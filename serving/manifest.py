@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 MANIFEST_NAME = "manifest.json"
 ENCODER_NAME = "encoder.onnx"
 DECODER_NAME = "decoder.onnx"
+# The decoder for width 1, for a worker that is alone; bundles of int8 and fp32 may have one.
+LONE_DECODER_NAME = "lone_decoder.onnx"
 # Moves rows of the caches on a device; in a bundle of fp16 only, since the others run on a CPU.
 CACHE_ROWS_NAME = "cache_rows.onnx"
 # Raised when a reader of the old revision would misread the new one.

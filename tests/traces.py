@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
-from export.onnx_export import export_decoder, export_encoder
+from export.onnx_export import export_decoder, export_decoders, export_encoder
 
 _EVERY_MODULE_HAS = vars(nn.Module()).keys()
+_T = TypeVar("_T")
 
 
 class Traces:
-    """Stands in for the two functions of ``export.onnx_export``."""
+    """Stands in for the three functions of ``export.onnx_export``."""
 
     def __init__(self) -> None:
-        self._traced: dict[tuple[object, ...], TracedGraph] = {}
+        self._traced: dict[tuple[object, ...], Any] = {}
 
     def encoder(self, graph: EncoderGraph) -> TracedGraph:
         """``export_encoder``."""
@@ -35,10 +37,18 @@ class Traces:
         key = (fingerprint(graph), repr(config), cache_dtype)
         return self._once(key, lambda: export_decoder(graph, config, cache_dtype))
 
-    def _once(self, key: tuple[object, ...], trace: Callable[[], TracedGraph]) -> TracedGraph:
+    def decoders(
+        self, graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32
+    ) -> tuple[TracedGraph, TracedGraph]:
+        """``export_decoders``."""
+        key = ("both", fingerprint(graph), repr(config), cache_dtype)
+        return self._once(key, lambda: export_decoders(graph, config, cache_dtype))
+
+    def _once(self, key: tuple[object, ...], trace: Callable[[], _T]) -> _T:
         if key not in self._traced:
             self._traced[key] = trace()
-        return self._traced[key]
+        traced: _T = self._traced[key]
+        return traced
 
 
 def fingerprint(graph: nn.Module) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -92,8 +91,7 @@ class ModelSession(ABC):
         return max(_SMALLEST_SOURCE_CAPACITY, -(-length // _SOURCE_CAPACITY_STEP) * _SOURCE_CAPACITY_STEP)
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(NamedTuple):
     """What a step says of the next tokens: the lane's own arrays, which the next step writes anew."""
 
     # [sources, W, K], best first.
@@ -183,14 +181,23 @@ class LaneDecoder(ABC):
     ) -> tuple[ort.IOBinding, Stepped]:
         """All that a step reads and writes, and what of it is for the search."""
         binding = session.io_binding()
-        self._bind_host(binding, num_sources)
-        self._bind_memory(binding, num_sources)
-        return binding, Stepped(
+        for name, array in self._told.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._bind_memory(binding, num_sources, session)
+        stepped = Stepped(
             self._candidate_ids[:num_sources],
             self._candidate_log_probs[:num_sources],
-            self._bind_logits(binding, num_sources, session) if logits_wanted else None,
-            self._bind_attention(binding, num_sources) if attention_wanted else None,
+            self._make_logits(session)[:num_sources] if logits_wanted else None,
+            self._make_attention()[:num_sources] if attention_wanted else None,
         )
+        for name, written in zip(("candidate_ids", "candidate_log_probs", "logits", "attention"), stepped, strict=True):
+            if written is not None:
+                binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._as_told(written, session)))
+        return binding, stepped
+
+    def _as_told(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
+        """What is said of rows, [sources, W, ...], as a session's graph reads or writes it: the same memory."""
+        return array
 
     @property
     @abstractmethod
@@ -206,30 +213,19 @@ class LaneDecoder(ABC):
         """Bring everything to where the graph reads it; returns what the binding depends on."""
 
     @abstractmethod
-    def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
+    def _bind_memory(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
         """Bind the caches and what is said of each row."""
 
-    def _bind_host(self, binding: ort.IOBinding, num_sources: int) -> None:
-        """Bind what is in host memory on every device: what operators read there, and what is for the search."""
-        for name, array in self._told.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, values in (("candidate_ids", self._candidate_ids), ("candidate_log_probs", self._candidate_log_probs)):
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(values[:num_sources]))
-
-    def _bind_logits(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> NDArray[np.float32]:
+    def _make_logits(self, session: ort.InferenceSession) -> NDArray[np.float32]:
         if self._logits is None:
             (columns,) = (output.shape[2] for output in session.get_outputs() if output.name == "logits")
             self._logits = np.zeros((*self._target_ids.shape, columns), np.float32)
-        logits = self._logits[:num_sources]
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        return logits
+        return self._logits
 
-    def _bind_attention(self, binding: ort.IOBinding, num_sources: int) -> NDArray[np.float32]:
+    def _make_attention(self) -> NDArray[np.float32]:
         if self._attention is None:
             self._attention = np.zeros((*self._target_ids.shape, self._source_capacity), np.float32)
-        attention = self._attention[:num_sources]
-        binding.bind_ortvalue_output("attention", ort.OrtValue.ortvalue_from_numpy(attention))
-        return attention
+        return self._attention
 
 
 def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

@@ -150,7 +150,7 @@ class DeviceLaneDecoder(LaneDecoder):
             self._memory.upload(place, array)
         return num_sources, self._cache.turn
 
-    def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
+    def _bind_memory(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
         inputs = {name: place.part(0, num_sources) for name, (_, place) in self._uploads.items()}
         for name, array in inputs.items():
             self._memory.bind_input(binding, name, array)

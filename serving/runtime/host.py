@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,12 @@ class _Graphs:
 
 
 class HostModelSession(ModelSession):
-    """The graphs on the CPU: for many workers at once, and on more threads for one that is alone."""
+    """The graphs on the CPU: for many workers at once, and on more threads for one that is alone.
+
+    The decoder of a worker that is alone knows rows, each with its own copy of its source, instead of sources of several
+    hypotheses. That takes no branch for the width in each layer, which is a tenth of a lone row's step; and it reads each source
+    once for each of its rows, which takes longer where these are many.
+    """
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, lone_threads: int = 1) -> None:
         """Load the graphs; see ``open_session``, which checks first that there are kernels for them.
@@ -34,11 +40,14 @@ class HostModelSession(ModelSession):
             BundleError: a graph that cannot be loaded, or is not of this format.
         """
 
-        def load(threads: int) -> _Graphs:
-            return _Graphs(*load_graphs(bundle, (bundle.encoder_path, bundle.decoder_path), device="cpu", threads=threads))
+        def load(decoder: Path, threads: int) -> _Graphs:
+            return _Graphs(*load_graphs(bundle, (bundle.encoder_path, decoder), device="cpu", threads=threads))
 
-        self._shared = load(threads)
-        self._lone = load(lone_threads) if lone_threads > threads else self._shared
+        self._shared = self._lone = load(bundle.decoder_path, threads)
+        # A bundle of an older version has one decoder.
+        self._lone_by_row = lone_threads > threads and bundle.lone_decoder_path is not None
+        if lone_threads > threads:
+            self._lone = load(bundle.lone_decoder_path or bundle.decoder_path, lone_threads)
         super().__init__(bundle, self._shared.decoder)
 
     def encode(
@@ -66,7 +75,15 @@ class HostModelSession(ModelSession):
     ) -> LaneDecoder:
         """The decoder graph over one lane's arrays and a cache of ``make_cache``; see ``LaneDecoder``."""
         assert isinstance(cache, LaneCache)
-        return HostLaneDecoder(self._shared.decoder, self._lone.decoder, cache, target_ids, positions, num_candidates)
+        return HostLaneDecoder(
+            self._shared.decoder,
+            self._lone.decoder,
+            cache,
+            target_ids,
+            positions,
+            num_candidates,
+            lone_by_row=self._lone_by_row,
+        )
 
 
 class HostLaneDecoder(LaneDecoder):
@@ -80,10 +97,16 @@ class HostLaneDecoder(LaneDecoder):
         target_ids: NDArray[np.int64],
         positions: NDArray[np.int32],
         num_candidates: int,
+        *,
+        lone_by_row: bool,
     ) -> None:
+        """Of two sessions; with ``lone_by_row`` the second one's graph is for sources of one hypothesis each."""
         super().__init__(target_ids, positions, num_candidates)
         self._shared = shared
         self._lone = lone
+        self._lone_by_row = lone_by_row
+        # What a graph by rows has bound in the place of the slots' cross-attention.
+        self._bound_by_row: NDArray[Any] | None = None
         # All that the graph returns: caches by operators that append to them, by operators that keep them, or by both.
         self._returned = {output.name for output in shared.get_outputs()}
         self._cache = cache
@@ -95,23 +118,39 @@ class HostLaneDecoder(LaneDecoder):
     def _session(self, *, alone: bool) -> ort.InferenceSession:
         return self._lone if alone else self._shared
 
+    def _is_by_row(self, session: ort.InferenceSession) -> bool:
+        return self._lone_by_row and session is self._lone
+
+    def _as_told(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
+        return array.reshape(-1, 1, *array.shape[2:]) if self._is_by_row(session) else array
+
     def _prepare(self, num_sources: int, session: ort.InferenceSession) -> Hashable:
+        if self._is_by_row(session):
+            cross_attention, _ = self._cache.sources_by_row(num_sources)
+            if cross_attention is not self._bound_by_row:
+                self.rebind()
+                self._bound_by_row = cross_attention
         return num_sources, session is self._shared
 
-    def _bind_memory(self, binding: ort.IOBinding, num_sources: int) -> None:
+    def _bind_memory(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
         cache = self._cache
+        by_row, rows = self._is_by_row(session), num_sources * cache.width
+        cross_attention, source_lengths = (
+            cache.sources_by_row(num_sources) if by_row else (cache.cross_attention, cache.source_lengths)
+        )
+        num_read = rows if by_row else num_sources
         inputs = {
-            "target_ids": self._target_ids[:num_sources],
-            "positions": self._positions[:num_sources],
-            "source_lengths": cache.source_lengths[:num_sources],
+            "target_ids": self._as_told(self._target_ids[:num_sources], session),
+            "positions": self._as_told(self._positions[:num_sources], session),
+            "source_lengths": source_lengths[:num_read],
         }
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         # The same value as input and output: the operators work in place.
         for i, tensor in enumerate(cache.self_attention):
-            self._bind_in_place(binding, "self_cache", i, tensor[: num_sources * cache.width])
-        for i, tensor in enumerate(cache.cross_attention):
-            self._bind_in_place(binding, "cross_cache", i, tensor[:num_sources])
+            self._bind_in_place(binding, "self_cache", i, tensor[:rows])
+        for i, tensor in enumerate(cross_attention):
+            self._bind_in_place(binding, "cross_cache", i, tensor[:num_read])
 
     def _bind_in_place(self, binding: ort.IOBinding, name: str, number: int, tensor: NDArray[Any]) -> None:
         value = ort.OrtValue.ortvalue_from_numpy(tensor)

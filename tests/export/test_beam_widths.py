@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from export.beam_widths import expand_cross_attention
 from export.calibration import calibrated_graphs
 from export.graphs import DecoderStepGraph
 from export.model import ModelConfig
-from export.onnx_export import MAX_BEAM_SIZE, export_decoder
+from export.onnx_export import MAX_BEAM_SIZE, export_decoder, export_decoders
 from export.samples import Sample
 from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
@@ -248,6 +248,45 @@ def test_a_branch_has_its_constants_to_itself(traced: Traced) -> None:
 def test_a_graph_does_not_tell_where_it_was_traced(traced: Traced) -> None:
     assert not any(node.metadata_props or node.doc_string for node in nodes(onnx.load_from_string(traced.onnx).graph))
     assert str(Path(export.__file__).parent).encode() not in traced.onnx
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Both decoders of one module."""
+
+    every_width: Traced
+    by_row: Traced
+
+
+@pytest.fixture(scope="module")
+def both(traced: Traced) -> Both:
+    cache_dtype = torch.int8 if traced.cache_dtype is np.int8 else torch.float32
+    made = [
+        replace(traced, onnx=(graph := decoder.serialized()), session=load_graph(graph))
+        for decoder in export_decoders(traced.module, traced.config, cache_dtype)
+    ]
+    return Both(*made)
+
+
+def test_the_decoder_for_all_widths_is_the_same_of_both_exports(traced: Traced, both: Both) -> None:
+    assert both.every_width.onnx == traced.onnx
+
+
+def test_the_decoder_by_row_has_no_branch_for_a_width(both: Both) -> None:
+    model = onnx.load_from_string(both.by_row.onnx)
+    assert {node.input[0] for node in nodes(model.graph) if node.op_type == "If"} == {"attention_wanted", "log_probs_wanted"}
+    assert not any("ragged.width" in name for node in nodes(model.graph) for name in (*node.input, *node.output))
+    attending = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert len(attending) == 2 * both.by_row.config.num_decoder_layers
+
+
+def test_the_decoder_by_row_gives_the_same_bits(both: Both) -> None:
+    feeds = random_feeds(both.by_row, 1)
+    (got, own), (expected, expected_own) = (run_in_place(one, feeds) for one in (both.by_row, both.every_width))
+    for name, array in expected.items():
+        assert np.array_equal(got[name], array), name
+    for name, array in expected_own.items():
+        assert np.array_equal(own[name], array), name
 
 
 def test_branches_for_one_width_are_no_branches() -> None:

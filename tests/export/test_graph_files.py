@@ -1,4 +1,4 @@
-"""Graphs as files: whole, or with their weights in one file that they share."""
+"""Graphs as files, with their weights in one file that they share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from export.graphs import DecoderStepGraph, EncoderGraph, PlainLinear, lay_out
 from export.onnx_export import export_decoder, export_encoder
 from export.pipeline import export_bundle
 from export.samples import Sample
-from serving.bundle import Bundle, read_bundle
+from serving.bundle import Bundle
 from serving.errors import ExportError
 from tests.support import TINY_VOCAB_SIZE, tiny_config, tiny_model
 
-ENCODER, DECODER, WEIGHTS = "encoder.onnx", "decoder.onnx", "weights.data"
+ENCODER, DECODER, LONE_DECODER, WEIGHTS = "encoder.onnx", "decoder.onnx", "lone_decoder.onnx", "weights.data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,9 @@ def values(path: Path | bytes) -> dict[str, NDArray[np.generic]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def test_small_weights_are_in_the_graphs_own_files(tmp_path: Path) -> None:
+def test_graphs_have_a_file_of_weights_beside_them(tmp_path: Path) -> None:
     weight = torch.arange(12.0).reshape(3, 4)
-    files = write_graphs(tmp_path / "g", {ENCODER: graph_of(w=weight), DECODER: graph_of(v=weight)}, largest_embedded_bytes=96)
-    assert files == {name: tmp_path / "g" / name for name in (ENCODER, DECODER)}
-    assert np.array_equal(values(files[ENCODER])["w"], weight.numpy())
-
-
-def test_one_byte_more_and_all_weights_have_a_file(tmp_path: Path) -> None:
-    weight = torch.arange(12.0).reshape(3, 4)
-    files = write_graphs(tmp_path / "g", {ENCODER: graph_of(w=weight), DECODER: graph_of(v=weight)}, largest_embedded_bytes=95)
+    files = write_graphs(tmp_path / "g", {ENCODER: graph_of(w=weight), DECODER: graph_of(v=weight)})
     assert files == {name: tmp_path / "g" / name for name in (ENCODER, DECODER, WEIGHTS)}
     assert np.array_equal(values(files[DECODER])["v"], weight.numpy())
 
@@ -98,13 +91,13 @@ def test_values_are_in_the_order_of_elements_whatever_the_strides(
     monkeypatch.setattr("export.graph_files._CHUNK_VALUES", chunk_values)
     graph = graph_of(first=torch.ones(3), w=weight)
     assert np.array_equal(values(graph.serialized())["w"], weight.numpy())
-    files = write_graphs(tmp_path / "g", {ENCODER: graph}, largest_embedded_bytes=0)
+    files = write_graphs(tmp_path / "g", {ENCODER: graph})
     assert np.array_equal(values(files[ENCODER])["w"], weight.numpy())
 
 
 def test_weights_begin_where_pages_begin_and_do_not_overlap(tmp_path: Path) -> None:
     graph = graph_of(a=torch.ones(3), b=torch.ones(2000), c=torch.ones(5))
-    files = write_graphs(tmp_path / "g", {ENCODER: graph}, largest_embedded_bytes=0)
+    files = write_graphs(tmp_path / "g", {ENCODER: graph})
     assert places(files[ENCODER]) == {"a": Place(0, 12), "b": Place(4096, 8000), "c": Place(12288, 20)}
     assert files[WEIGHTS].stat().st_size == 12288 + 20
 
@@ -112,7 +105,7 @@ def test_weights_begin_where_pages_begin_and_do_not_overlap(tmp_path: Path) -> N
 def test_what_graphs_share_is_written_once(tmp_path: Path) -> None:
     shared = torch.arange(15.0).reshape(3, 5)
     encoder = graph_of(w=shared, same=shared[:], turned=shared.t(), copy=shared.clone())
-    files = write_graphs(tmp_path / "g", {ENCODER: encoder, DECODER: graph_of(v=shared)}, largest_embedded_bytes=0)
+    files = write_graphs(tmp_path / "g", {ENCODER: encoder, DECODER: graph_of(v=shared)})
     first, second = places(files[ENCODER]), places(files[DECODER])
     assert second["v"] == first["w"] == first["same"]
     assert len({place.offset for place in first.values()}) == 3, "another layout, and other memory, are other tensors"
@@ -124,26 +117,23 @@ def test_a_directory_that_is_taken(tmp_path: Path) -> None:
         write_graphs(tmp_path, {ENCODER: graph_of(w=torch.ones(3))})
 
 
-def test_a_bundle_of_few_bytes_has_no_file_of_weights(tiny_bundle: Bundle, external_bundle: Bundle) -> None:
-    """And one of many has all of its weights there, the same as in the small one's graphs."""
-    assert WEIGHTS not in tiny_bundle.manifest.files
-    assert read_bundle(external_bundle.directory).manifest.files.keys() == tiny_bundle.manifest.files.keys() | {WEIGHTS}
-    for name in (ENCODER, DECODER):
-        large = external_bundle.path(name)
-        assert places(tiny_bundle.path(name)) == {}
-        inside, outside = values(tiny_bundle.path(name)), values(large)
-        assert inside.keys() == outside.keys()
-        for tensor in inside:
-            assert np.array_equal(inside[tensor], outside[tensor]), tensor
-        assert all(place.length >= 1024 for place in places(large).values())
-        own = [tensor for tensor in onnx.load(large, load_external_data=False).graph.initializer if tensor.raw_data]
+def test_all_weights_of_a_bundle_are_in_one_file(tiny_bundle: Bundle) -> None:
+    assert WEIGHTS in tiny_bundle.manifest.files
+    for name in (ENCODER, DECODER, LONE_DECODER):
+        path = tiny_bundle.path(name)
+        assert all(place.length >= 1024 for place in places(path).values())
+        own = [tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer if tensor.raw_data]
         assert all(len(tensor.raw_data) < 1024 for tensor in own)
 
 
-def test_a_table_of_tokens_that_both_sides_share_is_stored_once(external_bundle: Bundle) -> None:
-    encoder, decoder = (places(external_bundle.path(name)) for name in (ENCODER, DECODER))
+def test_the_decoders_of_a_bundle_share_their_weights(tiny_bundle: Bundle) -> None:
+    assert places(tiny_bundle.path(DECODER)) == places(tiny_bundle.path(LONE_DECODER))
+
+
+def test_a_table_of_tokens_that_both_sides_share_is_stored_once(tiny_bundle: Bundle) -> None:
+    encoder, decoder = (places(tiny_bundle.path(name)) for name in (ENCODER, DECODER))
     assert encoder["embedding.tokens.rows"] == decoder["embedding.tokens.rows"]
-    value_bytes = 4 if external_bundle.manifest.precision == "fp32" else 1
+    value_bytes = 4 if tiny_bundle.manifest.precision == "fp32" else 1
     assert encoder["embedding.tokens.rows"].length == TINY_VOCAB_SIZE * 16 * value_bytes
 
 

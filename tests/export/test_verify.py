@@ -15,9 +15,10 @@ from onnx import helper, numpy_helper
 
 from export import pipeline, verify
 from export.calibration import calibrated_graphs
+from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import Transformer
-from export.onnx_export import export_decoder, export_encoder
+from export.onnx_export import export_decoder, export_decoders, export_encoder
 from export.pipeline import export_bundle
 from export.samples import Sample
 from serving.bundle import Bundle
@@ -362,3 +363,18 @@ def test_a_graph_that_the_runtime_cannot_load_is_a_fault_of_the_bundle(tiny_bund
     (directory / "decoder.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="a graph cannot be loaded"):
         HostModelSession(Bundle(directory=directory, manifest=tiny_bundle.manifest))
+
+
+def test_decoders_that_differ_are_no_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate is of the one, and holds for the other because it is the same."""
+
+    def spoiled(*arguments: Any) -> tuple[TracedGraph, TracedGraph]:
+        every_width, by_row = export_decoders(*arguments)
+        weights = {name: 1.001 * weight if name == "output.weight" else weight for name, weight in by_row.weights.items()}
+        assert "output.weight" in weights
+        return every_width, TracedGraph(by_row.model, weights)
+
+    monkeypatch.setattr(pipeline, "export_decoders", spoiled)
+    with pytest.raises(ExportError, match="onnx_fp32: the decoder of lone workers has other logits than the decoder"):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", show_progress=False)
+    assert list(tmp_path.iterdir()) == []

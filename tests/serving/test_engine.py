@@ -563,7 +563,8 @@ class Recorder(NullObserver):
         self.first_tokens += 1
 
 
-def test_every_cache_that_the_graph_returns_is_bound_to_the_memory_it_came_in(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_cache_that_the_graph_returns_is_bound_to_the_memory_it_came_in(tiny_bundle: Bundle, alone: bool) -> None:
     """One that is not would be copied whole in each step."""
 
     class Binding:
@@ -577,11 +578,12 @@ def test_every_cache_that_the_graph_returns_is_bound_to_the_memory_it_came_in(ti
         def bind_ortvalue_output(self, name: str, value: Any) -> None:
             self.outputs[name] = value.data_ptr()
 
-    session = HostModelSession(tiny_bundle)
+    session = HostModelSession(tiny_bundle, threads=1, lone_threads=2)
+    graph = (session._lone if alone else session._shared).decoder
     cache = session.make_cache(num_slots=3, width=2, target_capacity=16, source_capacity=8)
     decoder = session.bind(cache, np.zeros((3, 2), np.int64), np.zeros((3, 2), np.int32), 5)
-    decoder._bind_memory(binding := Binding(), 2)
-    returned = {output.name for output in session._shared.decoder.get_outputs() if "_cache_" in output.name}
+    decoder._bind_memory(binding := Binding(), 2, graph)
+    returned = {output.name for output in graph.get_outputs() if "_cache_" in output.name}
     assert set(binding.outputs) == returned
     assert {name.partition("_cache_")[0] for name in returned} == {"self", "cross"}
     for name, address in binding.outputs.items():

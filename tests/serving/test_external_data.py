@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from serving.bundle import Bundle, read_bundle
 from serving.errors import BundleError
 from serving.runtime import ModelSession, open_session
 from serving.runtime.external_data import external_data_faults
+from tests.serving.older_bundle import as_older, relisted
 from tests.serving.test_bundle import faults_of
 
 LISTED = {"encoder.onnx", "weights.data"}
@@ -134,19 +133,9 @@ def test_a_graph_that_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def directory(external_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy to spoil, of a bundle with its weights in a file of their own."""
-    return Path(shutil.copytree(external_bundle.directory, tmp_path / "bundle"))
-
-
-def relisted(directory: Path) -> Bundle:
-    """The bundle with a manifest that says what its files are now: a hostile one, where they were changed."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        contents = (directory / name).read_bytes()
-        entry.update(sha256=hashlib.sha256(contents).hexdigest(), bytes=len(contents))
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return read_bundle(directory)
+def directory(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_bundle.directory, tmp_path / "bundle"))
 
 
 def move_weights(directory: Path, location: str) -> None:
@@ -164,11 +153,14 @@ def encoded(session: ModelSession) -> NDArray[np.float32]:
     return np.array(source)
 
 
-def test_weights_in_a_file_of_their_own_are_found(directory: Path, tiny_bundle: Bundle) -> None:
-    moved = read_bundle(directory)
-    assert "weights.data" in moved.manifest.files
-    assert "weights.data" not in tiny_bundle.manifest.files
-    assert np.array_equal(encoded(open_session(moved)), encoded(open_session(tiny_bundle)))
+def test_weights_are_found_where_the_bundle_is_now(directory: Path, tiny_bundle: Bundle) -> None:
+    assert np.array_equal(encoded(open_session(read_bundle(directory))), encoded(open_session(tiny_bundle)))
+
+
+def test_graphs_of_an_older_version_have_their_weights_in_them(directory: Path, tiny_bundle: Bundle) -> None:
+    older = as_older(directory)
+    assert older.manifest.files.keys() == tiny_bundle.manifest.files.keys() - {"weights.data", "lone_decoder.onnx"}
+    assert np.array_equal(encoded(open_session(older)), encoded(open_session(tiny_bundle)))
 
 
 @pytest.mark.parametrize("location", ["../weights.data", "/etc/hostname", "copy.data"])

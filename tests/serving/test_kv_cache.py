@@ -101,3 +101,55 @@ def test_an_empty_lane_grows_for_its_first_source(cache: LaneCache) -> None:
     cache.grow_source(28, 0)
     assert cache.cross_attention.shape == (4, 3, 2, 28, 8)
     assert not cache.cross_attention.any()
+
+
+def by_row(cache: LaneCache, slots: int) -> None:
+    """Each row has what its slot has."""
+    cross, lengths = cache.sources_by_row(slots)
+    for slot in range(slots):
+        length = int(cache.source_lengths[slot])
+        for row in (2 * slot, 2 * slot + 1):
+            assert lengths[row] == length
+            assert np.array_equal(cross[:, row, :, :length], cache.cross_attention[:, slot, :, :length])
+
+
+def test_rows_have_copies_of_their_sources_as_these_are_now(cache: LaneCache) -> None:
+    for slot, length in enumerate((3, 7)):
+        cache.write_source(slot, encoded(length, seed=slot), length)
+    by_row(cache, 2)
+    first, _ = cache.sources_by_row(2)
+    assert first.shape == (4, 4, 2, 7, 8)
+    cache.write_source(0, encoded(5, seed=5), 5)
+    by_row(cache, 2)
+    cache.move_source(1, 0, 0)
+    by_row(cache, 1)
+    # What nobody asked for meanwhile is brought up to date when somebody does.
+    cache.write_source(1, encoded(2, seed=6), 2)
+    by_row(cache, 1)
+    by_row(cache, 2)
+    assert cache.sources_by_row(1)[0] is first
+    assert cache.sources_by_row(2)[0] is first
+
+
+def test_copies_of_sources_take_memory_for_as_many_as_were_asked_for(cache: LaneCache) -> None:
+    before = cache.nbytes
+    cache.write_source(0, encoded(7), 7)
+    by_row(cache, 1)
+    of_a_slot = cache.cross_attention[:, 0].nbytes
+    assert cache.nbytes == before + 2 * of_a_slot
+    for slot in (1, 2):
+        cache.write_source(slot, encoded(4, seed=slot), 4)
+    by_row(cache, 3)
+    assert cache.nbytes == before + 6 * of_a_slot
+    cache.grow_source(14, 3)
+    assert cache.nbytes == before + 4 * 4 * 3 * 2 * 7 * 8
+    by_row(cache, 3)
+    assert cache.sources_by_row(3)[0].shape == (4, 6, 2, 14, 8)
+
+
+def test_sources_of_one_row_each_are_not_copied() -> None:
+    geometry = CacheGeometry(num_tensors=2, num_heads=2, head_dim=8)
+    cache = LaneCache(geometry, num_slots=3, width=1, target_capacity=5, source_capacity=7)
+    cross, lengths = cache.sources_by_row(2)
+    assert cross is cache.cross_attention
+    assert lengths is cache.source_lengths
