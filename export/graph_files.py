@@ -34,14 +34,6 @@ class TracedGraph:
     # By name; views of any strides.
     weights: dict[str, Tensor]
 
-    def serialized(self) -> bytes:
-        """All of it as one ONNX model."""
-        model = ModelProto()
-        model.CopyFrom(self.model)
-        for tensor in _left_out(model, self.weights):
-            tensor.raw_data = b"".join(_chunks(self.weights[tensor.name]))
-        return model.SerializeToString()
-
 
 def write_graphs(directory: Path, graphs: Mapping[str, TracedGraph]) -> dict[str, Path]:
     """Write graphs and one file of their weights.
@@ -77,7 +69,7 @@ def _beside_weights(graph: TracedGraph, stream: BinaryIO, written: dict[tuple[ob
     """
     model = ModelProto()
     model.CopyFrom(graph.model)
-    for tensor in _left_out(model, graph.weights):
+    for tensor in (tensor for tensor in model.graph.initializer if tensor.name in graph.weights):
         weight = graph.weights[tensor.name]
         memory = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         if memory not in written:
@@ -89,10 +81,6 @@ def _beside_weights(graph: TracedGraph, stream: BinaryIO, written: dict[tuple[ob
         for key, value in (("location", WEIGHTS_NAME), ("offset", written[memory]), ("length", weight.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
     return model.SerializeToString()
-
-
-def _left_out(model: ModelProto, weights: Mapping[str, Tensor]) -> Iterator[TensorProto]:
-    return (tensor for tensor in model.graph.initializer if tensor.name in weights)
 
 
 def _chunks(weight: Tensor) -> Iterator[bytes]:

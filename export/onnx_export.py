@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from onnx import ModelProto, TensorProto
@@ -63,7 +63,16 @@ def example_step(
     )
 
 
-def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> TracedGraph:
+class TracedDecoder(NamedTuple):
+    """A decoder step in the forms that a bundle has."""
+
+    every_width: TracedGraph
+    # The same weights, for width 1 alone: a row gets the same bits, if it has a source with the same keys and values, and there
+    # is no branch for that. None in a graph for CUDA, which has none in any case.
+    by_row: TracedGraph | None
+
+
+def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> TracedDecoder:
     """Trace one decoder step; sources, beam width, source capacity, target capacity and candidates are dynamic.
 
     Inputs: ``target_ids``, ``positions``, ``longest``, ``source_lengths``, ``candidate_ranks``, ``log_probs_wanted``,
@@ -72,25 +81,13 @@ def export_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: to
     ``cross_cache_kept.N``: all caches are to be bound to the very memory of those that came in.
     """
     traced = _trace_decoder(graph, config, cache_dtype)
-    if graph.keeps_cross_cache:
-        expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
-    return traced
-
-
-def export_decoders(
-    graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32
-) -> tuple[TracedGraph, TracedGraph]:
-    """The decoder of ``export_decoder`` for a CPU, and one with the same weights for width 1 alone.
-
-    The second gives each row the same bits, if the row has a source with the same keys and values, and has no branch for that.
-    """
-    assert graph.keeps_cross_cache
-    traced = _trace_decoder(graph, config, cache_dtype)
+    if not graph.keeps_cross_cache:
+        return TracedDecoder(traced, None)
     by_row = TracedGraph(ModelProto(), traced.weights)
     by_row.model.CopyFrom(traced.model)
     attend_by_row(by_row.model)
     expand_cross_attention(traced.model, target_ids="target_ids", head_dim=config.head_dim, max_width=MAX_BEAM_SIZE)
-    return traced, by_row
+    return TracedDecoder(traced, by_row)
 
 
 def _trace_decoder(graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype) -> TracedGraph:

@@ -22,7 +22,7 @@ from export.checkpoint import SAMPLES_NAME, Checkpoint, build_model, read_checkp
 from export.graph_files import TracedGraph, write_graphs
 from export.graphs import DecoderStepGraph, Device, EncoderGraph, lay_out, max_candidates
 from export.model import ModelConfig, Transformer
-from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_decoders, export_encoder
+from export.onnx_export import MAX_BEAM_SIZE, OPSET, export_decoder, export_encoder
 from export.row_scales import row_scaled_graphs
 from export.samples import Samples, draw_samples
 from export.writer import Owned, check_destination, working_directory, write_bundle
@@ -81,7 +81,7 @@ def export_bundle(
         CheckpointError: the checkpoint cannot be used; lists every fault.
         ExportError: the destination is taken, ``int8_scales`` is given for another precision, ``source_prefix`` has no tokens of
             its own or no place, ``precision`` is not for this model, there is one sample sentence for two purposes, the graphs
-            are too far from the model, or the bundle could not be written.
+            are too far from the model, the decoders differ, or the bundle could not be written.
     """
     check_destination(bundle, overwrite=overwrite)
     if int8_scales is not None and precision != "int8":
@@ -119,6 +119,9 @@ def export_bundle(
         certify.measure("cached_pytorch", verify.pytorch_stepper(model), verify.FP32_LOGIT_TOLERANCE)
         certify.phase("trace fp32")
         traced = _trace(config, lay_out(model))
+        if precision != "fp32":
+            # Not to be part of the bundle.
+            del traced[LONE_DECODER_NAME]
         fp32_graphs = graphs = write_graphs(work / "fp32", traced)
         del traced
         gc.collect()  # what the tracer made refers in circles to the weights that it was given
@@ -234,10 +237,8 @@ def _trace(
 ) -> dict[str, TracedGraph]:
     encoder, decoder = graphs
     traced = {ENCODER_NAME: export_encoder(encoder)}
-    if not decoder.keeps_cross_cache:
-        return {**traced, DECODER_NAME: export_decoder(decoder, config, cache_dtype)}
-    every_width, by_row = export_decoders(decoder, config, cache_dtype)
-    return {**traced, DECODER_NAME: every_width, LONE_DECODER_NAME: by_row}
+    traced[DECODER_NAME], by_row = export_decoder(decoder, config, cache_dtype)
+    return traced if by_row is None else {**traced, LONE_DECODER_NAME: by_row}
 
 
 def _manifest(

@@ -289,13 +289,16 @@ def check(comparisons: dict[str, Comparison]) -> None:
 
 
 def check_same_bits(name: str, logits: NDArray[np.float32], of_lone: NDArray[np.float32]) -> None:
-    """Both decoders of one export are one: what is said of the first is said of the second.
+    """Both decoders of one export are one: what a certificate says of the first it says of the second.
 
     Raises:
-        ExportError: they differ.
+        ExportError: they differ. They are of one trace, so that this is a fault of the runtime's or of ours.
     """
     if not np.array_equal(logits, of_lone):
-        raise ExportError(f"{name}: the decoder of lone workers has other logits than the decoder; nothing was written")
+        raise ExportError(
+            f"{name}: the decoder of lone workers has other logits than the decoder; nothing was written. This should not "
+            "happen, whatever the model: please report it, with the version of onnxruntime"
+        )
 
 
 def _decodable(logits: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float32]:

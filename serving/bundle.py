@@ -1,9 +1,9 @@
 """The bundle: a directory that was checked before any of it is used.
 
-A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx``, ``lone_decoder.onnx``, the graphs' weights in
-a file of their own, which ``runtime/external_data.py`` lets them refer to, and the tokenizer's files. Knows how its files are
-checked; does not know what the manifest says of them (``manifest.py``), how graphs are run, or how a bundle is written
-(``export/writer.py``).
+A bundle is a directory with ``manifest.json``, ``encoder.onnx``, ``decoder.onnx``, the tokenizer's files, and as a rule a file of
+the graphs' weights, which ``runtime/external_data.py`` lets them refer to, and a third graph: ``lone_decoder.onnx`` or
+``cache_rows.onnx``. Knows how its files are checked; does not know what the manifest says of them (``manifest.py``), how graphs
+are run, or how a bundle is written (``export/writer.py``).
 
 A bundle may come from anywhere: no symbolic link is followed, no name may lead out of the directory, and every listed file must
 have the size and hash that the manifest states. Files that the manifest does not list are nobody's business.

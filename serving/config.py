@@ -35,7 +35,7 @@ class EngineConfig:
     # Workers on the CPU, each with one thread for the graphs: that gives the most translations a second.
     threads: int = field(default_factory=available_cpus)
     # CPU threads that a worker uses while no other has anything to do, so that a lone request is answered sooner; None: as many
-    # as there are workers. More than one loads the graphs a second time, unless there is one worker only.
+    # as there are workers. More than one loads encoder and decoder a second time, unless there is one worker only.
     threads_when_alone: int | None = None
     # Cache rows of one worker: hypotheses that step together at most.
     max_rows_per_worker: int = 128

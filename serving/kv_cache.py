@@ -78,7 +78,8 @@ class LaneCache(RowCache):
     """The caches in host memory; every change is made at once.
 
     Memory is reserved for all slots at once, and given by the system as rows are first written. Its pages are large, so that a
-    row takes its capacity, however little of it is used.
+    row takes its capacity, however little of it is used. Copies of sources for their rows are made, and their memory is
+    reserved, when somebody asks for them.
     """
 
     def __init__(
@@ -95,24 +96,28 @@ class LaneCache(RowCache):
         self.cross_attention: NDArray[Any] = np.zeros(
             (g.num_tensors, num_slots, g.num_heads, source_capacity, g.head_dim), g.dtype
         )
-        self._by_row = _SourcesByRow(self)
+        self._by_row = _SourcesByRow(self.cross_attention, width)
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return self.self_attention.nbytes + self.cross_attention.nbytes + self._by_row.nbytes
+        return self.self_attention.nbytes + self.cross_attention.nbytes + self._by_row.cross_attention.nbytes
 
     def sources_by_row(self, num_sources: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Cross-attention as if each row had a source of its own: copies of what is in the first slots.
 
         Returns:
-            [tensors, rows, heads, at least the longest of these sources, head_dim], and the lengths of these [rows]. Both are
-            as the slots are now; they are the same arrays as in the call before if that was for as many sources or more, and no
-            source outgrew its place since.
+            [tensors, rows, heads, source capacity, head_dim], and the lengths of these [rows]. Both are as the slots are now;
+            they are the same arrays as in the call before if that was for as many sources or more, and nothing was forgotten or
+            grown since.
         """
         if self.width == 1:
             return self.cross_attention, self.source_lengths
-        return self._by_row.of(num_sources)
+        return self._by_row.of(self.cross_attention, self.source_lengths, num_sources)
+
+    def forget_sources_by_row(self) -> None:
+        """Give the memory of these copies back."""
+        self._by_row = _SourcesByRow(self.cross_attention, self.width)
 
     def write_source(self, slot: int, encoded: NDArray[Any], length: int) -> None:
         """Store a source's cross-attention keys and values: encoded [tensors, heads, at least length, head_dim]."""
@@ -151,39 +156,38 @@ class LaneCache(RowCache):
         grown[:, :num_slots_used, :, : self.source_capacity] = old[:, :num_slots_used]
         self.cross_attention = grown
         self.source_capacity = source_capacity
-        self._by_row = _SourcesByRow(self)
+        self.forget_sources_by_row()
 
 
 class _SourcesByRow:
     """A copy of its source for each row of a cache, brought up to date when somebody asks for it.
 
-    Its memory is for as many sources as it was asked for at once, rounded up: one that is alone has nearly none.
+    Its memory is for as many sources as it was asked for at once, rounded up to a power of two.
     """
 
-    def __init__(self, cache: LaneCache) -> None:
-        self._cache = cache
-        self._num_slots = 0
-        self._cross_attention: NDArray[Any] = cache.cross_attention[:, :0]
-        self._lengths = cache.source_lengths[:0]
+    def __init__(self, cross_attention: NDArray[Any], width: int) -> None:
+        """No copy yet; of an array of the same shape, but for the slots."""
+        self._width = width
+        self.cross_attention: NDArray[Any] = cross_attention[:, :0].copy()
+        self._lengths: NDArray[np.int32] = np.ones(0, np.int32)
         # Slots whose rows have copies of something else.
         self.outdated: set[int] = set()
 
-    @property
-    def nbytes(self) -> int:
-        return self._num_slots * self._cache.width * self._cache.cross_attention[:, 0].nbytes
-
-    def of(self, num_sources: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        cache, width = self._cache, self._cache.width
-        if num_sources > self._num_slots:
-            self._num_slots = min(len(cache.source_lengths), 1 << (num_sources - 1).bit_length())
-            tensors, _, *rest = cache.cross_attention.shape
-            self._cross_attention = np.zeros((tensors, self._num_slots * width, *rest), cache.cross_attention.dtype)
-            self._lengths = np.ones(self._num_slots * width, np.int32)
-            self.outdated = set(range(num_sources))
-        if self.outdated:
-            for slot in sorted(slot for slot in self.outdated if slot < num_sources):
-                length, rows = int(cache.source_lengths[slot]), slice(slot * width, (slot + 1) * width)
-                self._cross_attention[:, rows, :, :length] = cache.cross_attention[:, slot, None, :, :length]
-                self._lengths[rows] = length
-                self.outdated.discard(slot)
-        return self._cross_attention, self._lengths
+    def of(
+        self, cross_attention: NDArray[Any], source_lengths: NDArray[np.int32], num_sources: int
+    ) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """See ``LaneCache.sources_by_row``."""
+        width = self._width
+        if num_sources * width > len(self._lengths):
+            room = min(len(source_lengths), 1 << (num_sources - 1).bit_length())
+            tensors, _, *rest = cross_attention.shape
+            self.cross_attention = np.zeros((tensors, room * width, *rest), cross_attention.dtype)
+            self._lengths = np.ones(room * width, np.int32)
+            self.outdated = set(range(room))
+        due = {slot for slot in self.outdated if slot < num_sources}
+        for slot in due:
+            length, rows = int(source_lengths[slot]), slice(slot * width, (slot + 1) * width)
+            self.cross_attention[:, rows, :, :length] = cross_attention[:, slot, None, :, :length]
+            self._lengths[rows] = length
+        self.outdated -= due
+        return self.cross_attention, self._lengths

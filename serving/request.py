@@ -101,7 +101,7 @@ class DecodingOptions:
     suppressed: tuple[tuple[int, ...], ...] = ()
     # Tokens that the first one after ``target_prefix`` is not.
     suppressed_first: tuple[int, ...] = ()
-    # A token that is never taken and keeps its share of the probability; None: there is none.
+    # A token that is not taken unless it is told or wished, and keeps its share of the probability; None: there is none.
     passed_over_id: int | None = None
     # Where Hugging Face's ``generate`` and CTranslate2 differ, whether to do as the former. With beams these rules change
     # log-probabilities then, so that what they forbid keeps its share; the start token counts as one that a target has; and

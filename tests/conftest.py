@@ -19,7 +19,6 @@ def traces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "export_encoder", made.encoder)
         patch.setattr(pipeline, "export_decoder", made.decoder)
-        patch.setattr(pipeline, "export_decoders", made.decoders)
         yield
 
 

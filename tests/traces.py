@@ -11,19 +11,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import ModelConfig
-from export.onnx_export import export_decoder, export_decoders, export_encoder
+from export.onnx_export import TracedDecoder, export_decoder, export_encoder
 
 _EVERY_MODULE_HAS = vars(nn.Module()).keys()
 _T = TypeVar("_T")
 
 
 class Traces:
-    """Stands in for the three functions of ``export.onnx_export``."""
+    """Stands in for the two functions of ``export.onnx_export``."""
 
     def __init__(self) -> None:
         self._traced: dict[tuple[object, ...], Any] = {}
@@ -32,17 +33,10 @@ class Traces:
         """``export_encoder``."""
         return self._once((fingerprint(graph),), lambda: export_encoder(graph))
 
-    def decoder(self, graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> TracedGraph:
+    def decoder(self, graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32) -> TracedDecoder:
         """``export_decoder``."""
         key = (fingerprint(graph), repr(config), cache_dtype)
         return self._once(key, lambda: export_decoder(graph, config, cache_dtype))
-
-    def decoders(
-        self, graph: DecoderStepGraph, config: ModelConfig, cache_dtype: torch.dtype = torch.float32
-    ) -> tuple[TracedGraph, TracedGraph]:
-        """``export_decoders``."""
-        key = ("both", fingerprint(graph), repr(config), cache_dtype)
-        return self._once(key, lambda: export_decoders(graph, config, cache_dtype))
 
     def _once(self, key: tuple[object, ...], trace: Callable[[], _T]) -> _T:
         if key not in self._traced:
@@ -62,3 +56,13 @@ def fingerprint(graph: nn.Module) -> str:
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def serialized(graph: TracedGraph) -> bytes:
+    """A traced graph and its weights as one ONNX model."""
+    model = ModelProto()
+    model.CopyFrom(graph.model)
+    for tensor in model.graph.initializer:
+        if tensor.name in graph.weights:
+            tensor.raw_data = graph.weights[tensor.name].contiguous().numpy().tobytes()
+    return model.SerializeToString()

@@ -82,16 +82,22 @@ class OnnxlatePeer:
                 on_outcome=lambda outcome: outcomes.put((place, outcome)),
             )
 
-        self._engine.submit([sequence(place) for place in longest_first(sources)])
+        sequences = [sequence(place) for place in longest_first(sources)]
+        self._engine.submit(sequences)
         found: dict[int, tuple[int, ...]] = {}
-        for _ in sources:
-            try:
-                place, outcome = outcomes.get(timeout=_PATIENCE_S)
-            except queue.Empty:
-                raise TimeoutError(f"{len(found)} of {len(sources)} sources, and none in {_PATIENCE_S:g} s") from None
-            if outcome.error is not None:
-                raise outcome.error
-            found[place] = outcome.hypotheses[0].target_ids
+        try:
+            for _ in sources:
+                try:
+                    place, outcome = outcomes.get(timeout=_PATIENCE_S)
+                except queue.Empty:
+                    raise TimeoutError(f"{len(found)} of {len(sources)} sources, and none in {_PATIENCE_S:g} s") from None
+                if outcome.error is not None:
+                    raise outcome.error
+                found[place] = outcome.hypotheses[0].target_ids
+        except BaseException:
+            # Or the next job would be timed beside them.
+            self._engine.cancel(sequences)
+            raise
         return [found[place] for place in range(len(sources))]
 
     def describe(self) -> str:

@@ -96,7 +96,7 @@ def measure_step(bundle: Bundle, *, beam_size: int, rows: int = ROWS, rounds: in
     Raises:
         ValueError: the beam is wider than the rows.
         EngineError: a graph failed.
-        TimeoutError: it takes far too long.
+        TimeoutError: no more sources are answered.
     """
     if rows < beam_size:
         raise ValueError(f"a beam of {beam_size} takes more than {rows} rows")

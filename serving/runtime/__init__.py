@@ -34,7 +34,8 @@ def open_session(bundle: Bundle, *, device: str = "cpu", threads: int = 1, lone_
         bundle: a bundle that was read, and so checked.
         device: "cpu" or "cuda".
         threads: CPU threads of one call; 1 runs it on the caller's.
-        lone_threads: CPU threads of a call that is made alone; more than ``threads`` loads the graphs a second time.
+        lone_threads: CPU threads of a call that is made alone; more than ``threads`` loads the encoder a second time, and the
+            decoder of lone workers where the bundle has it.
 
     Raises:
         ServerStartError: the device is not there, or has no kernels for the bundle's precision.

@@ -107,8 +107,8 @@ class Stepped(NamedTuple):
 class LaneDecoder(ABC):
     """Decoder steps of one lane.
 
-    Bindings are made once for each number of sources and kept, so that a step hands nothing over but a call: the graph
-    reads and writes the caches where they are.
+    Bindings are made once for each number of sources and each decoder, and kept until memory moves, so that a step hands nothing
+    over but a call: the graph reads and writes the caches where they are.
     """
 
     def __init__(self, target_ids: NDArray[np.int64], positions: NDArray[np.int32], num_candidates: int) -> None:
@@ -190,12 +190,13 @@ class LaneDecoder(ABC):
             self._make_logits(session)[:num_sources] if logits_wanted else None,
             self._make_attention()[:num_sources] if attention_wanted else None,
         )
-        for name, written in zip(("candidate_ids", "candidate_log_probs", "logits", "attention"), stepped, strict=True):
+        # Its fields are called as the graph's outputs are.
+        for name, written in stepped._asdict().items():
             if written is not None:
-                binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._as_told(written, session)))
+                binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._as_graph_has_it(written, session)))
         return binding, stepped
 
-    def _as_told(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
+    def _as_graph_has_it(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
         """What is said of rows, [sources, W, ...], as a session's graph reads or writes it: the same memory."""
         return array
 

@@ -12,9 +12,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from serving.bundle import Bundle
+from serving.errors import BundleError
 from serving.kv_cache import EncodedSource, LaneCache, RowCache
+from serving.manifest import LONE_DECODER_NAME
 from serving.runtime.base import LaneDecoder, ModelSession
 from serving.runtime.graphs import load_graphs, run_graph
+
+# A worker that is not alone any more keeps copies of sources for so many rows, since it may soon be alone again.
+_MOST_ROWS_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class HostModelSession(ModelSession):
 
     The decoder of a worker that is alone knows rows, each with its own copy of its source, instead of sources of several
     hypotheses. That takes no branch for the width in each layer, which is a tenth of a lone row's step; and it reads each source
-    once for each of its rows, which takes longer where these are many.
+    once for each of its rows, which is the slower way for 32 sources of 4 on two workers at once.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, lone_threads: int = 1) -> None:
@@ -48,6 +53,10 @@ class HostModelSession(ModelSession):
         self._lone_by_row = lone_threads > threads and bundle.lone_decoder_path is not None
         if lone_threads > threads:
             self._lone = load(bundle.lone_decoder_path or bundle.decoder_path, lone_threads)
+            if _interface(self._lone.decoder) != _interface(self._shared.decoder):
+                raise BundleError(
+                    bundle.directory, [f"{LONE_DECODER_NAME}: has other inputs or outputs than {bundle.decoder_path.name}"]
+                )
         super().__init__(bundle, self._shared.decoder)
 
     def encode(
@@ -86,6 +95,14 @@ class HostModelSession(ModelSession):
         )
 
 
+def _interface(session: ort.InferenceSession) -> list[tuple[str, str, list[int | None]]]:
+    """What a graph takes and gives: names, types, and sizes that do not change from step to step."""
+    return [
+        (value.name, value.type, [size if isinstance(size, int) else None for size in value.shape])
+        for value in (*session.get_inputs(), *session.get_outputs())
+    ]
+
+
 class HostLaneDecoder(LaneDecoder):
     """Decoder steps over arrays in host memory."""
 
@@ -105,8 +122,8 @@ class HostLaneDecoder(LaneDecoder):
         self._shared = shared
         self._lone = lone
         self._lone_by_row = lone_by_row
-        # What a graph by rows has bound in the place of the slots' cross-attention.
-        self._bound_by_row: NDArray[Any] | None = None
+        # Copies of sources for their rows that may be bound.
+        self._by_row: NDArray[Any] | None = None
         # All that the graph returns: caches by operators that append to them, by operators that keep them, or by both.
         self._returned = {output.name for output in shared.get_outputs()}
         self._cache = cache
@@ -121,16 +138,25 @@ class HostLaneDecoder(LaneDecoder):
     def _is_by_row(self, session: ort.InferenceSession) -> bool:
         return self._lone_by_row and session is self._lone
 
-    def _as_told(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
+    def _as_graph_has_it(self, array: NDArray[Any], session: ort.InferenceSession) -> NDArray[Any]:
         return array.reshape(-1, 1, *array.shape[2:]) if self._is_by_row(session) else array
 
     def _prepare(self, num_sources: int, session: ort.InferenceSession) -> Hashable:
-        if self._is_by_row(session):
-            cross_attention, _ = self._cache.sources_by_row(num_sources)
-            if cross_attention is not self._bound_by_row:
+        if self._cache.width > 1:
+            if self._is_by_row(session):
+                by_row, _ = self._cache.sources_by_row(num_sources)
+                if by_row is not self._by_row:
+                    self.rebind()
+                    self._by_row = by_row
+            elif self._by_row is not None and self._by_row.shape[1] > _MOST_ROWS_KEPT:
+                self._cache.forget_sources_by_row()
                 self.rebind()
-                self._bound_by_row = cross_attention
         return num_sources, session is self._shared
+
+    def rebind(self) -> None:
+        """Forget every binding, and what they have bound."""
+        super().rebind()
+        self._by_row = None
 
     def _bind_memory(self, binding: ort.IOBinding, num_sources: int, session: ort.InferenceSession) -> None:
         cache = self._cache
@@ -140,8 +166,8 @@ class HostLaneDecoder(LaneDecoder):
         )
         num_read = rows if by_row else num_sources
         inputs = {
-            "target_ids": self._as_told(self._target_ids[:num_sources], session),
-            "positions": self._as_told(self._positions[:num_sources], session),
+            "target_ids": self._as_graph_has_it(self._target_ids[:num_sources], session),
+            "positions": self._as_graph_has_it(self._positions[:num_sources], session),
             "source_lengths": source_lengths[:num_read],
         }
         for name, array in inputs.items():

@@ -197,6 +197,7 @@ class LaneSearch(ABC, Generic[AnySource]):
 
     def _count(self, options: DecodingOptions, by: int) -> None:
         """A source with these options comes, or leaves."""
+        # Adjusted in no step but those of which ``Source.is_adjusted`` says so.
         looks_at_logits = options.has_token_rules or bool(options.given_target)
         self._num_adjusted += by * (looks_at_logits or bool(options.target_prefix) or options.ends_when_cut)
         self._num_with_logits += by * looks_at_logits

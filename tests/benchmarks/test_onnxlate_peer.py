@@ -15,6 +15,7 @@ from benchmarks.peers.base import Job, PeerSpec, Split
 from benchmarks.process import PeerProcess, PeerUnavailableError
 from export.pipeline import export_bundle
 from serving.config import EngineConfig
+from serving.request import Sequence
 from tests.support import EOS_ID, write_tiny_checkpoint
 
 
@@ -54,15 +55,21 @@ def test_a_job_that_fails_has_its_reason_and_the_next_one_is_done(spec: PeerSpec
         assert len(process.translate(JOB).targets) == 3
 
 
-def test_sources_that_are_never_answered_are_a_reason(spec: PeerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_are_never_answered_are_a_reason_and_are_dropped(spec: PeerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxlate, "_PATIENCE_S", 0.0)
+    submitted: list[Sequence] = []
+    cancelled: list[Sequence] = []
     peer = onnxlate.OnnxlatePeer(spec)
     try:
         peer.prepare(JOB)
+        monkeypatch.setattr(peer._engine, "submit", submitted.extend)
+        monkeypatch.setattr(peer._engine, "cancel", cancelled.extend)
         with pytest.raises(TimeoutError, match="0 of 3 sources, and none in 0 s"):
             peer.translate(JOB.sources, JOB)
     finally:
         peer.close()
+    assert len(submitted) == 3
+    assert cancelled == submitted
 
 
 def test_a_model_that_is_not_there_is_a_reason(spec: PeerSpec, tmp_path: Path) -> None:

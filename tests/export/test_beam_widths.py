@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from export import verify
 from export.attention import RAGGED_DOMAIN
 from export.beam_widths import expand_cross_attention
 from export.calibration import calibrated_graphs
+from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph
 from export.model import ModelConfig
-from export.onnx_export import MAX_BEAM_SIZE, export_decoder, export_decoders
+from export.onnx_export import MAX_BEAM_SIZE, export_decoder
 from export.samples import Sample
 from serving.runtime import load_graph
 from tests.support import tiny_config, tiny_model
+from tests.traces import serialized
 
 WIDTHS = [1, 2, 3, 4, 5, 16]
 SOURCE_CAPACITY, TARGET_CAPACITY = 24, 9
@@ -47,15 +49,31 @@ class Traced:
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])
-def traced(request: pytest.FixtureRequest) -> Traced:
+def both(request: pytest.FixtureRequest) -> tuple[Traced, Traced]:
+    """The decoder for every width, and that for rows alone."""
     model = tiny_model(tiny_config(num_decoder_layers=2, d_model=32, num_heads=4))
     if request.param == "fp32":
-        module = DecoderStepGraph(model).eval()
-        graph = export_decoder(module, model.config).serialized()
-        return Traced(model.config, module, graph, load_graph(graph), np.float32)
-    _, module = calibrated_graphs(model, verify.make_references(model, SAMPLES))
-    graph = export_decoder(module, model.config, torch.int8).serialized()
-    return Traced(model.config, module, graph, load_graph(graph), np.int8)
+        module, cache_dtype = DecoderStepGraph(model).eval(), torch.float32
+    else:
+        (_, module), cache_dtype = calibrated_graphs(model, verify.make_references(model, SAMPLES)), torch.int8
+    every_width, by_row = export_decoder(module, model.config, cache_dtype)
+    assert by_row is not None
+
+    def loaded(decoder: TracedGraph) -> Traced:
+        graph = serialized(decoder)
+        return Traced(model.config, module, graph, load_graph(graph), np.float32 if request.param == "fp32" else np.int8)
+
+    return loaded(every_width), loaded(by_row)
+
+
+@pytest.fixture(scope="module")
+def traced(both: tuple[Traced, Traced]) -> Traced:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def by_row(both: tuple[Traced, Traced]) -> Traced:
+    return both[1]
 
 
 def random_feeds(traced: Traced, width: int) -> Feeds:
@@ -250,43 +268,19 @@ def test_a_graph_does_not_tell_where_it_was_traced(traced: Traced) -> None:
     assert str(Path(export.__file__).parent).encode() not in traced.onnx
 
 
-@dataclass(frozen=True, slots=True)
-class Both:
-    """Both decoders of one module."""
-
-    every_width: Traced
-    by_row: Traced
-
-
-@pytest.fixture(scope="module")
-def both(traced: Traced) -> Both:
-    cache_dtype = torch.int8 if traced.cache_dtype is np.int8 else torch.float32
-    made = [
-        replace(traced, onnx=(graph := decoder.serialized()), session=load_graph(graph))
-        for decoder in export_decoders(traced.module, traced.config, cache_dtype)
-    ]
-    return Both(*made)
-
-
-def test_the_decoder_for_all_widths_is_the_same_of_both_exports(traced: Traced, both: Both) -> None:
-    assert both.every_width.onnx == traced.onnx
-
-
-def test_the_decoder_by_row_has_no_branch_for_a_width(both: Both) -> None:
-    model = onnx.load_from_string(both.by_row.onnx)
+def test_the_decoder_by_row_has_no_branch_for_a_width(by_row: Traced) -> None:
+    model = onnx.load_from_string(by_row.onnx)
     assert {node.input[0] for node in nodes(model.graph) if node.op_type == "If"} == {"attention_wanted", "log_probs_wanted"}
     assert not any("ragged.width" in name for node in nodes(model.graph) for name in (*node.input, *node.output))
     attending = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
-    assert len(attending) == 2 * both.by_row.config.num_decoder_layers
+    assert len(attending) == 2 * by_row.config.num_decoder_layers
 
 
-def test_the_decoder_by_row_gives_the_same_bits(both: Both) -> None:
-    feeds = random_feeds(both.by_row, 1)
-    (got, own), (expected, expected_own) = (run_in_place(one, feeds) for one in (both.by_row, both.every_width))
-    for name, array in expected.items():
-        assert np.array_equal(got[name], array), name
-    for name, array in expected_own.items():
-        assert np.array_equal(own[name], array), name
+def test_the_decoder_by_row_gives_the_same_bits(traced: Traced, by_row: Traced) -> None:
+    feeds = random_feeds(traced, 1)
+    (got, own), (expected, expected_own) = (run_in_place(one, feeds) for one in (by_row, traced))
+    for name, array in (expected | expected_own).items():
+        assert np.array_equal((got | own)[name], array), name
 
 
 def test_branches_for_one_width_are_no_branches() -> None:

@@ -20,6 +20,7 @@ from export.quantize import CalibratedInt8Linear, Int8TokenTable, ObservedLinear
 from serving.runtime import load_graph
 from tests.export.int8_graphs import SAMPLES, Int8Graphs, assert_near_float32, small_model
 from tests.support import T5
+from tests.traces import serialized
 
 
 @pytest.fixture(scope="module", params=[{}, {**T5, "gated": False, "activation": "relu"}], ids=["paper", "t5"])
@@ -32,8 +33,8 @@ def calibrated(request: pytest.FixtureRequest) -> Int8Graphs:
         references,
         encoder,
         decoder,
-        export_encoder(encoder).serialized(),
-        export_decoder(decoder, model.config, torch.int8).serialized(),
+        serialized(export_encoder(encoder)),
+        serialized(export_decoder(decoder, model.config, torch.int8).every_width),
     )
 
 

@@ -16,6 +16,7 @@ from export.model import ModelConfig, Transformer, length_mask
 from export.onnx_export import example_step, export_decoder, export_encoder
 from serving.runtime import load_graph
 from tests.support import T5, tiny_config
+from tests.traces import serialized
 
 # Neither log-probabilities nor attention.
 UNWANTED = (torch.tensor(False), torch.tensor(False))
@@ -227,7 +228,11 @@ def traced(request: pytest.FixtureRequest) -> Traced:
     model = random_model(**overrides)
     encoder, decoder = EncoderGraph(model).eval(), DecoderStepGraph(model, device=device).eval()
     return Traced(
-        model.config, encoder, export_encoder(encoder).serialized(), decoder, export_decoder(decoder, model.config).serialized()
+        model.config,
+        encoder,
+        serialized(export_encoder(encoder)),
+        decoder,
+        serialized(export_decoder(decoder, model.config).every_width),
     )
 
 

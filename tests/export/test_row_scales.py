@@ -24,6 +24,7 @@ from serving.runtime import load_graph
 from tests.export.int8_graphs import SAMPLES, Int8Graphs, assert_near_float32, small_model
 from tests.export.test_quantize import normal, traced
 from tests.support import SAMPLE_LINES, T5, write_tiny_checkpoint
+from tests.traces import serialized
 
 # The layer.
 
@@ -90,7 +91,10 @@ def test_a_row_does_not_depend_on_loud_neighbours_in_any_bit() -> None:
 def row_scaled(request: pytest.FixtureRequest) -> Int8Graphs:
     model = small_model(**request.param)
     encoder, decoder = row_scaled_graphs(model)
-    encoder_onnx, decoder_onnx = export_encoder(encoder).serialized(), export_decoder(decoder, model.config).serialized()
+    encoder_onnx, decoder_onnx = (
+        serialized(export_encoder(encoder)),
+        serialized(export_decoder(decoder, model.config).every_width),
+    )
     return Int8Graphs(model, verify.make_references(model, SAMPLES), encoder, decoder, encoder_onnx, decoder_onnx)
 
 

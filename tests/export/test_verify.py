@@ -18,7 +18,7 @@ from export.calibration import calibrated_graphs
 from export.graph_files import TracedGraph
 from export.graphs import DecoderStepGraph, EncoderGraph
 from export.model import Transformer
-from export.onnx_export import export_decoder, export_decoders, export_encoder
+from export.onnx_export import TracedDecoder, export_decoder, export_encoder
 from export.pipeline import export_bundle
 from export.samples import Sample
 from serving.bundle import Bundle
@@ -26,6 +26,7 @@ from serving.errors import BundleError, CheckpointError, ExportError
 from serving.manifest import Comparison, Precision
 from serving.runtime.host import HostModelSession
 from tests.support import SAMPLE_LINES, TINY_VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
+from tests.traces import serialized
 
 SAMPLES = [Sample((5, 9, 11, 3)), Sample((20, 21, 22, 23, 24, 3)), Sample((7, 3))]
 
@@ -196,12 +197,12 @@ def test_logits_that_are_no_numbers_are_refused(model: Transformer) -> None:
 
 
 def test_a_candidate_that_is_not_the_best_of_its_own_logits_is_refused(model: Transformer) -> None:
-    decoder = onnx.load_from_string(export_decoder(DecoderStepGraph(model).eval(), model.config).serialized())
+    decoder = onnx.load_from_string(serialized(export_decoder(DecoderStepGraph(model).eval(), model.config).every_width))
     (maker,) = [node for node in decoder.graph.node if "candidate_ids" in node.output]
     maker.output[list(maker.output).index("candidate_ids")] = "right_ids"
     decoder.graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
     decoder.graph.node.append(helper.make_node("BitwiseXor", ["right_ids", "one"], ["candidate_ids"]))
-    encoder = export_encoder(EncoderGraph(model).eval()).serialized()
+    encoder = serialized(export_encoder(EncoderGraph(model).eval()))
     stepper = verify.onnx_stepper(model.config, encoder, decoder.SerializeToString(), name="onnx_fp16")
     with pytest.raises(ExportError, match=r"^onnx_fp16: the decoder's best candidate is not the best of its own logits; "):
         stepper(verify.make_references(model, SAMPLES)[0])
@@ -368,13 +369,14 @@ def test_a_graph_that_the_runtime_cannot_load_is_a_fault_of_the_bundle(tiny_bund
 def test_decoders_that_differ_are_no_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate is of the one, and holds for the other because it is the same."""
 
-    def spoiled(*arguments: Any) -> tuple[TracedGraph, TracedGraph]:
-        every_width, by_row = export_decoders(*arguments)
+    def spoiled(*arguments: Any) -> TracedDecoder:
+        every_width, by_row = export_decoder(*arguments)
+        assert by_row is not None
         weights = {name: 1.001 * weight if name == "output.weight" else weight for name, weight in by_row.weights.items()}
         assert "output.weight" in weights
-        return every_width, TracedGraph(by_row.model, weights)
+        return TracedDecoder(every_width, TracedGraph(by_row.model, weights))
 
-    monkeypatch.setattr(pipeline, "export_decoders", spoiled)
+    monkeypatch.setattr(pipeline, "export_decoder", spoiled)
     with pytest.raises(ExportError, match="onnx_fp32: the decoder of lone workers has other logits than the decoder"):
         export_bundle(tiny_checkpoint, tmp_path / "bundle", show_progress=False)
     assert list(tmp_path.iterdir()) == []

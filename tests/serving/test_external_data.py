@@ -14,7 +14,7 @@ from serving.bundle import Bundle, read_bundle
 from serving.errors import BundleError
 from serving.runtime import ModelSession, open_session
 from serving.runtime.external_data import external_data_faults
-from tests.serving.older_bundle import as_older, relisted
+from tests.changed_bundles import as_older, relisted
 from tests.serving.test_bundle import faults_of
 
 LISTED = {"encoder.onnx", "weights.data"}

@@ -1,5 +1,8 @@
 """The caches' own operations; in-place writing by the graph is tested with the engine."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -103,7 +106,7 @@ def test_an_empty_lane_grows_for_its_first_source(cache: LaneCache) -> None:
     assert not cache.cross_attention.any()
 
 
-def by_row(cache: LaneCache, slots: int) -> None:
+def check_rows(cache: LaneCache, slots: int) -> None:
     """Each row has what its slot has."""
     cross, lengths = cache.sources_by_row(slots)
     for slot in range(slots):
@@ -116,17 +119,17 @@ def by_row(cache: LaneCache, slots: int) -> None:
 def test_rows_have_copies_of_their_sources_as_these_are_now(cache: LaneCache) -> None:
     for slot, length in enumerate((3, 7)):
         cache.write_source(slot, encoded(length, seed=slot), length)
-    by_row(cache, 2)
+    check_rows(cache, 2)
     first, _ = cache.sources_by_row(2)
     assert first.shape == (4, 4, 2, 7, 8)
     cache.write_source(0, encoded(5, seed=5), 5)
-    by_row(cache, 2)
+    check_rows(cache, 2)
     cache.move_source(1, 0, 0)
-    by_row(cache, 1)
+    check_rows(cache, 1)
     # What nobody asked for meanwhile is brought up to date when somebody does.
     cache.write_source(1, encoded(2, seed=6), 2)
-    by_row(cache, 1)
-    by_row(cache, 2)
+    check_rows(cache, 1)
+    check_rows(cache, 2)
     assert cache.sources_by_row(1)[0] is first
     assert cache.sources_by_row(2)[0] is first
 
@@ -134,17 +137,51 @@ def test_rows_have_copies_of_their_sources_as_these_are_now(cache: LaneCache) ->
 def test_copies_of_sources_take_memory_for_as_many_as_were_asked_for(cache: LaneCache) -> None:
     before = cache.nbytes
     cache.write_source(0, encoded(7), 7)
-    by_row(cache, 1)
+    check_rows(cache, 1)
     of_a_slot = cache.cross_attention[:, 0].nbytes
     assert cache.nbytes == before + 2 * of_a_slot
     for slot in (1, 2):
         cache.write_source(slot, encoded(4, seed=slot), 4)
-    by_row(cache, 3)
+    check_rows(cache, 3)
     assert cache.nbytes == before + 6 * of_a_slot
     cache.grow_source(14, 3)
     assert cache.nbytes == before + 4 * 4 * 3 * 2 * 7 * 8
-    by_row(cache, 3)
+    check_rows(cache, 3)
     assert cache.sources_by_row(3)[0].shape == (4, 6, 2, 14, 8)
+
+
+def test_rows_of_sources_that_nobody_asked_for_at_first() -> None:
+    geometry = CacheGeometry(num_tensors=4, num_heads=2, head_dim=8)
+    cache = LaneCache(geometry, num_slots=5, width=2, target_capacity=5, source_capacity=7)
+    for slot in range(5):
+        cache.write_source(slot, encoded(slot + 2, seed=slot), slot + 2)
+    check_rows(cache, 3)
+    assert cache.sources_by_row(3)[0].shape[1] == 2 * 4
+    check_rows(cache, 4)
+    check_rows(cache, 5)
+    assert cache.sources_by_row(5)[0].shape[1] == 2 * 5
+
+
+def test_copies_of_sources_that_are_forgotten_are_made_anew(cache: LaneCache) -> None:
+    cache.write_source(0, encoded(3), 3)
+    before = cache.nbytes
+    check_rows(cache, 1)
+    cache.forget_sources_by_row()
+    assert cache.nbytes == before
+    check_rows(cache, 1)
+
+
+def test_a_cache_that_nobody_has_is_gone_at_once(cache: LaneCache) -> None:
+    """Not when the collector of circles comes by, which knows nothing of the arrays' size."""
+    own = LaneCache(cache.geometry, num_slots=3, width=2, target_capacity=5, source_capacity=7)
+    own.write_source(0, encoded(3), 3)
+    arrays = [weakref.ref(array) for array in (own.cross_attention, own.self_attention, own.sources_by_row(1)[0])]
+    gc.disable()
+    try:
+        del own
+        assert [reference() for reference in arrays] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_sources_of_one_row_each_are_not_copied() -> None:

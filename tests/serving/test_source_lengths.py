@@ -21,6 +21,7 @@ from serving.request import DecodingOptions, Hypothesis
 from serving.runtime.host import HostModelSession
 from tests.serving.test_engine import Gate, Waiter, translate
 from tests.support import tiny_config, write_tiny_checkpoint
+from tests.traces import serialized
 
 Work = list[tuple[tuple[int, ...], DecodingOptions]]
 
@@ -47,7 +48,7 @@ def padded_bundle(roomy_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     """In fp32, which runs on a CPU, with a decoder laid out as for CUDA."""
     bundle = export_bundle(roomy_checkpoint, tmp_path_factory.mktemp("roomy") / "padded", show_progress=False)
     model = build_model(read_checkpoint(roomy_checkpoint))
-    bundle.decoder_path.write_bytes(export_decoder(DecoderStepGraph(model, device="cuda"), model.config).serialized())
+    bundle.decoder_path.write_bytes(serialized(export_decoder(DecoderStepGraph(model, device="cuda"), model.config).every_width))
     return bundle
 
 

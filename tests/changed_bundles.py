@@ -1,4 +1,4 @@
-"""A bundle as earlier versions wrote it: weights in the graphs' own files, and one decoder."""
+"""Bundles whose files were changed after they were written, with a manifest that lists them as they are now."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving.bundle import Bundle, read_bundle
 
 
 def relisted(directory: Path) -> Bundle:
-    """The bundle with a manifest that says what its files are now: a hostile one, where they were changed."""
+    """The bundle with a manifest that says what its files are now, but for those that are gone."""
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if (directory / name).exists()}
     for name, entry in manifest["files"].items():
@@ -23,7 +23,7 @@ def relisted(directory: Path) -> Bundle:
 
 
 def as_older(directory: Path) -> Bundle:
-    """Turn a bundle into such a one."""
+    """Turn a bundle into one as earlier versions wrote it: weights in the graphs' own files, and one decoder."""
     for name in ("encoder.onnx", "decoder.onnx"):
         model = onnx.load(directory / name)
         (directory / name).write_bytes(model.SerializeToString())
