@@ -6,13 +6,14 @@ import datetime
 import importlib
 import os
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from benchmarks import models, peers, report
 from benchmarks.experiment import BUILD, CAPTIONS, TRAINED, Experiment, Setting
-from benchmarks.machine import describe_gpu, describe_machine, describe_packages
+from benchmarks.machine import describe_gpu, describe_machine, describe_packages, read_cpu_times
 from benchmarks.process import one_line
 from benchmarks.results import Mode, Precision, Report, Section
 from serving.config import available_cpus
@@ -38,6 +39,7 @@ def measure(names: tuple[str, ...], setting: Setting) -> tuple[dict[str, Section
     sections: dict[str, Section] = {}
     experiments: dict[str, Experiment] = {}
     for name in names:
+        before = read_cpu_times()
         try:
             experiments[name] = load_experiment(name)
             setting.say(f"--- {experiments[name].TITLE}")
@@ -45,6 +47,8 @@ def measure(names: tuple[str, ...], setting: Setting) -> tuple[dict[str, Section
         except Exception as error:  # what was measured until now is worth more than a clean exit
             setting.say(traceback.format_exc())
             sections[name] = Section(notes=(f"The experiment failed: {one_line(error)}",))
+        if before is not None and (after := read_cpu_times()) is not None:
+            sections[name] = replace(sections[name], stolen_share=after.stolen_since(before))
     return sections, experiments
 
 

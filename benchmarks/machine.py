@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,31 @@ _PACKAGES = (
     "mosec",
     "sacrebleu",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """What has become, since the machine started, of the time in which its CPUs had something to do; in the system's ticks."""
+
+    worked: int
+    # Given to other machines of the same host.
+    stolen: int
+
+    def stolen_since(self, before: CpuTimes) -> float:
+        """The share that the host took since ``before``."""
+        stolen = self.stolen - before.stolen
+        wanted = self.worked - before.worked + stolen
+        return stolen / wanted if wanted else 0.0
+
+
+def read_cpu_times(stat: Path = Path("/proc/stat")) -> CpuTimes | None:
+    """Of all CPUs together; None where the system does not tell."""
+    try:
+        first = stat.read_text().partition("\n")[0].split()
+        user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, first[1:9])
+    except (OSError, ValueError):
+        return None
+    return CpuTimes(user + nice + system + interrupts + soft_interrupts, stolen)
 
 
 def describe_machine(cores: int, *, gpu: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:

@@ -59,5 +59,8 @@ def _section(name: str, section: Section, experiment: Experiment | None, picture
     parts += ["\n".join(f"- {note}" for note in section.notes)]
     if section.unavailable:
         parts.append("Could not run:\n\n" + "\n".join(f"- {who}: {reason}" for who, reason in section.unavailable.items()))
-    parts.append(f"Took {section.seconds:.0f} s.")
+    stolen = (
+        "" if section.stolen_share is None else f"; its host kept {section.stolen_share:.0%} of the CPU time from the machine"
+    )
+    parts.append(f"Took {section.seconds:.0f} s{stolen}.")
     return "\n\n".join(part for part in parts if part)

@@ -100,6 +100,8 @@ class Section:
     # Peer -> why it could not run, in one line.
     unavailable: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    # Of the CPU time that was wanted meanwhile, the share that went to other machines of the same host; None: nobody knows.
+    stolen_share: float | None = None
 
     @classmethod
     def of(

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks.experiment import Setting
+from benchmarks.machine import CpuTimes
 from benchmarks.report import JSON_NAME, PAGE_NAME
 from benchmarks.results import Section, read_report
 
@@ -73,6 +74,22 @@ def test_the_command_that_a_report_records_is_understood_and_asks_for_the_same(
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: None)
     assert run(monkeypatch, tmp_path, second, *recorded).exit_code == 0
     assert first.settings == second.settings
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ([CpuTimes(100, 7), CpuTimes(160, 27)], "its host kept 25% of the CPU time from the machine."),
+        ([None, CpuTimes(160, 27)], "Took 0 s."),
+    ],
+)
+def test_a_page_tells_what_the_host_took_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: list[CpuTimes | None], told: str
+) -> None:
+    read = iter(times)
+    monkeypatch.setattr(command, "read_cpu_times", lambda: next(read))
+    assert run(monkeypatch, tmp_path, Fake(MEASURED)).exit_code == 0
+    assert told in (tmp_path / PAGE_NAME).read_text()
 
 
 @pytest.mark.parametrize("section", [RuntimeError("no such thing"), Section(notes=("nothing here",))], ids=["raised", "empty"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import peers, race, sentences
-from benchmarks.machine import describe_machine, describe_packages
+from benchmarks.machine import CpuTimes, describe_machine, describe_packages, read_cpu_times
 from benchmarks.models import BenchModel
 from benchmarks.peers import onnxlate
 from benchmarks.peers.base import Job, PeerSpec, Split
@@ -197,6 +197,26 @@ def test_a_machine_that_says_nothing_is_called_by_its_kind(tmp_path: Path) -> No
     machine = describe_machine(1, cpuinfo=tmp_path / "none")
     assert machine.cpu
     assert machine.isa == ()
+
+
+def test_what_the_host_took_is_a_share_of_what_was_wanted(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 10 20 5000 60 1 2 30 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
+    before = read_cpu_times(stat)
+    assert before == CpuTimes(worked=133, stolen=30)
+    # Idle, and waiting for a disk: nobody wanted a CPU.
+    stat.write_text("cpu  150 10 29 9000 99 1 3 50 0 0\n")
+    after = read_cpu_times(stat)
+    assert after is not None
+    assert after.stolen_since(before) == pytest.approx(20 / 80)
+    assert after.stolen_since(after) == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "cpu 1 2 3\n", "cpu  one 2 3 4 5 6 7 8 9\n"])
+def test_a_system_that_does_not_tell_what_its_host_took(tmp_path: Path, text: str) -> None:
+    assert read_cpu_times(tmp_path / "none") is None
+    (tmp_path / "stat").write_text(text)
+    assert read_cpu_times(tmp_path / "stat") is None
 
 
 def test_packages_that_are_not_there_are_left_out() -> None:
